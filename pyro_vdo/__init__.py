@@ -1,0 +1,38 @@
+"""Sparse variational dropout for Pyro: priors, guides, pruning and export of Bayesian networks."""
+
+from pyro_vdo import kl as _kl  # noqa: F401  registers the divergences
+from pyro_vdo import local_reparam as _local_reparam  # noqa: F401  registers the rules
+from pyro_vdo.guides import AutoFactorizedNormal, init_to_pretrained
+from pyro_vdo.handlers import local_reparameterization, scale_kl
+from pyro_vdo.local_reparam import sample_linear, sample_normal
+from pyro_vdo.modules import to_bayesian
+from pyro_vdo.posteriors import FactorizedNormal
+from pyro_vdo.priors import EmpiricalBayesNormal, ImproperPriorError, LogUniform
+from pyro_vdo.relevance import SparsityTable, dropout_rate, log_alpha, masks, signal_to_noise, sparsity
+from pyro_vdo.weights import GaussianWeight, ReuseError, ReuseWarning, register_rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoFactorizedNormal",
+    "EmpiricalBayesNormal",
+    "FactorizedNormal",
+    "GaussianWeight",
+    "ImproperPriorError",
+    "LogUniform",
+    "ReuseError",
+    "ReuseWarning",
+    "SparsityTable",
+    "dropout_rate",
+    "init_to_pretrained",
+    "local_reparameterization",
+    "log_alpha",
+    "masks",
+    "register_rule",
+    "sample_linear",
+    "sample_normal",
+    "scale_kl",
+    "signal_to_noise",
+    "sparsity",
+    "to_bayesian",
+]

@@ -1,0 +1,199 @@
+"""The only file that knows private names of Pyro and torch, and what differs between their versions."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import pyro.infer.autoguide.initialization
+import pyro.infer.predictive
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
+from pyro.ops import provenance
+from pyro.poutine import runtime
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+# --------------------------------------------------------------------------- parameters
+
+# Pyro keys parameters by name in one global store, so that two networks of the same shape would share their
+# biases without a word. Every name here belongs to one live module; the next module gets a numbered name.
+_OWNERS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+
+
+def _claim(owner: nn.Module, name: str, param: nn.Parameter) -> str:
+    """Bind ``param`` to a store name that no other live module owns and return that name."""
+    store = pyro.get_param_store()
+    known = store._param_to_name.get(param)
+    if known is not None and store._params.get(known) is param and _OWNERS.get(known) is owner:
+        return known
+    candidate, number = name, 1
+    while _OWNERS.get(candidate, owner) is not owner:
+        number += 1
+        candidate = f"{name}/{number}"
+    stale = store._params.get(candidate)
+    if stale is not None:
+        store._param_to_name.pop(stale, None)
+    _OWNERS[candidate] = owner
+    store._constraints[candidate] = constraints.real
+    store._params[candidate] = param
+    store._param_to_name[param] = candidate
+    return candidate
+
+
+def param_statement(owner: nn.Module, name: str, param: nn.Parameter) -> Tensor:
+    """Tell the active Pyro handlers that ``param`` is read, as ``pyro.param`` does, without sharing by name.
+
+    Returns an alias of ``param`` that carries the ``unconstrained`` reference that ``SVI`` collects.
+    """
+    if not runtime.am_i_wrapped():
+        return param
+    claimed = _claim(owner, name, param)
+    alias = param.view_as(param)
+    alias.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
+    value: Tensor = _param_message(alias, name=claimed)
+    return value
+
+
+@runtime.effectful(type="param")
+def _param_message(value: Tensor) -> Tensor:
+    return value
+
+
+# --------------------------------------------------------------------------- modules
+
+
+def module_context(module: PyroModule) -> Any:
+    """The context that caches the samples of one call of ``module``; ``.active`` is true inside of the call."""
+    return module._pyro_context
+
+
+def full_name(module: PyroModule, name: str) -> str:
+    """The name that Pyro gives to attribute ``name`` of ``module``."""
+    return module._pyro_get_fullname(name)
+
+
+def set_root_name(module: PyroModule, name: str) -> None:
+    """Name a root module, so that its sites are called ``name.child.weight``."""
+    module._pyro_set_supermodule(name, module._pyro_context)
+
+
+def sampled_names(module: PyroModule) -> tuple[str, ...]:
+    """The attributes of ``module`` that a ``PyroSample`` declares."""
+    return tuple(module._pyro_samples)
+
+
+def sample_declaration(module: PyroModule, name: str) -> Any:
+    """What was given to ``PyroSample`` for attribute ``name``."""
+    return module._pyro_samples[name]
+
+
+def set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    """Register a buffer whose name is also that of a sampled attribute, which ``register_buffer`` refuses."""
+    module._buffers[name] = value
+    module._non_persistent_buffers_set.discard(name)
+
+
+def get_buffer(module: nn.Module, name: str) -> Tensor:
+    """The buffer behind a sampled attribute, where ``getattr`` would sample."""
+    value = module._buffers[name]
+    assert value is not None
+    return value
+
+
+def shared_context_fields(module: PyroModule) -> tuple[str, ...]:
+    """Instance attributes of a ``PyroModule`` that a plain module does not have."""
+    return tuple(key for key in module.__dict__ if key.startswith("_pyro_"))
+
+
+# --------------------------------------------------------------------------- densities
+
+_NORMAL_LOG_PROB = torch.distributions.Normal.log_prob.__code__
+# These return what their base distribution returns, summed, masked or reshaped: an expectation passes through.
+_LINEAR_DENSITIES = frozenset(
+    code
+    for cls in (
+        torch.distributions.Independent,
+        pyro.distributions.torch.Independent,
+        pyro.distributions.MaskedDistribution,
+        pyro.distributions.ExpandedDistribution,
+    )
+    for code in [getattr(cls.log_prob, "__code__", None)]
+    if code is not None
+)
+_DEPTH = 24
+
+
+def _askers() -> Iterator[tuple[Any, Any]]:
+    """(code, self) of each ``log_prob`` of a distribution that is being evaluated, innermost first."""
+    frame = sys._getframe(2)
+    for _ in range(_DEPTH):
+        if frame is None:
+            return
+        if frame.f_code.co_name == "log_prob":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, Distribution):
+                yield frame.f_code, owner
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def density_is_asked() -> bool:
+    """True while some distribution's ``log_prob`` is being evaluated."""
+    return any(True for _ in _askers())
+
+
+def normal_density_is_asked() -> bool:
+    """True where the caller is ``Normal.log_prob``, alone or under wrappers that are linear in its result.
+
+    The log density of a Normal is quadratic in its argument, so its expectation is known in closed form; but the
+    expected square may be handed out only to an expression that is linear in it, which is this one.
+    """
+    codes = [code for code, _ in _askers()]
+    return bool(codes) and codes[0] is _NORMAL_LOG_PROB and _LINEAR_DENSITIES.issuperset(codes[1:])
+
+
+_STRUCTURE = frozenset({pyro.infer.predictive._predictive.__code__})
+
+
+def only_structure_is_asked() -> bool:
+    """True where ``Predictive`` runs the model alone to learn its shapes, and forgets the values."""
+    frame = sys._getframe(1)
+    initializing = False
+    while frame is not None:
+        initializing |= frame.f_code is _INIT_TO_SAMPLE
+        if frame.f_code in _STRUCTURE:
+            return initializing
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_INIT_TO_SAMPLE = pyro.infer.autoguide.initialization.init_to_sample.__code__
+
+# --------------------------------------------------------------------------- provenance
+
+
+def get_provenance(values: Any) -> frozenset[Any]:
+    """The names of the samples that ``values`` depend on, as ``TraceGraph_ELBO`` follows them."""
+    return provenance.get_provenance(values)
+
+
+def split_provenance(values: Any) -> tuple[Any, frozenset[Any]]:
+    """``values`` without provenance, and their provenance."""
+    return provenance.extract_provenance(values)
+
+
+def add_provenance(value: Any, names: frozenset[Any]) -> Any:
+    """``value`` with provenance added."""
+    return provenance.track_provenance(value, names) if names else value
+
+
+def register_provenance(
+    cls: type, track: Callable[[Any, frozenset[Any]], Any], extract: Callable[[Any], tuple[Any, frozenset[Any]]]
+) -> None:
+    """Teach Pyro's provenance tracking a new tensor type."""
+    provenance.track_provenance.register(cls)(track)
+    provenance.extract_provenance.register(cls)(extract)

@@ -1,0 +1,304 @@
+"""Automatic guides for any Pyro model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyro_vdo import _compat, handlers
+from pyro_vdo.posteriors import FactorizedNormal
+from pyro_vdo.priors import WeightPrior
+from pyro_vdo.weights import ReusePolicy
+
+Init = Callable[[Any], Any]
+
+
+def base_prior(fn: Any) -> Any:
+    """The distribution inside of ``Independent``, ``expand`` and ``mask`` wrappers."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def init_to_pretrained(site: Any = None, *, fallback: Init = init_to_median) -> Any:
+    """Initialize from the network's own weights; an ``init_loc_fn`` for Pyro's guides as well.
+
+    :param site: a Pyro site; without it a partial function with ``fallback`` set is returned.
+    :param fallback: what to do with sites that have a proper prior and no pretrained value.
+    :returns: the weights that the module had when ``to_bayesian`` converted it; for an improper prior without such,
+        Normal(0, 1/fan_in) noise, since there is nothing to sample from.
+    """
+    if site is None:
+        return lambda site: init_to_pretrained(site, fallback=fallback)
+    pretrained = getattr(site["fn"], "pretrained", None)
+    shape = site["fn"].shape()
+    if pretrained is not None and pretrained.shape == shape:
+        return pretrained.detach().clone()
+    if isinstance(base_prior(site["fn"]), WeightPrior):
+        return torch.randn(shape) / max(shape[-1] if shape else 1, 1) ** 0.5
+    return fallback(site)
+
+
+class SitePosterior(nn.Module):
+    """The variational parameters of one site: ``loc`` and ``log_scale`` of its (unconstrained) Normal."""
+
+    loc: nn.Parameter
+    log_scale: nn.Parameter
+
+    def __init__(self, loc: Tensor, init_scale: Tensor | float) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(loc)
+        log_scale = torch.as_tensor(init_scale, dtype=loc.dtype, device=loc.device).log()
+        self.log_scale = nn.Parameter(log_scale.expand_as(loc).clone())
+
+
+class _Branch(nn.Module):
+    """A node of the tree of sites, which mirrors the dots in their names."""
+
+
+class AutoFactorizedNormal(AutoGuide):
+    """Mean-field Normal guide whose weights stay undrawn while it trains (local reparameterization).
+
+    Works with any Pyro model with continuous latent sites. Real-valued sites get a :class:`FactorizedNormal`;
+    constrained ones are treated as ``AutoNormal`` does. While ``guide.training`` (``guide.train()``, the default) the
+    weights are undrawn, which ``SVI`` with ``Trace_ELBO`` needs; after ``guide.eval()`` they are drawn, which
+    ``Predictive``, importance sampling, ``RenyiELBO`` and ArviZ need.
+
+    Parameters exist after the first call, or after :meth:`setup`, which must come before ``load_state_dict``.
+
+    :param model: a Pyro model.
+    :param init_loc_fn: initial means, a Pyro init function; by default the network's own weights.
+    :param init_scale: initial standard deviation in unconstrained space: a number, or a function of the initial mean.
+    :param draw: names of sites that are drawn once per pass (tied layers, recurrent steps).
+    :param strict: raise :class:`ReuseError` where one weight would be treated as two, instead of warning.
+    :param create_plates: as in Pyro's guides.
+    :raises ValueError: for a scale that is not positive; at the first call, for names in ``draw`` that are no sites.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        init_loc_fn: Init = init_to_pretrained,
+        init_scale: float | Callable[[Tensor], Tensor] = 0.01,
+        draw: Iterable[str] = (),
+        strict: bool = False,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        if not callable(init_scale) and not init_scale > 0:
+            raise ValueError(f"AutoFactorizedNormal: init_scale must be > 0, not {init_scale}")
+        if isinstance(draw, str):
+            raise ValueError(f"AutoFactorizedNormal: draw must be a list of site names, write draw=[{draw!r}]")
+        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        self.init_scale = init_scale
+        self.draw = frozenset(draw)
+        self.policy = ReusePolicy(strict=strict)
+        self.sites = _Branch()
+
+    # ----------------------------------------------------------------- setup
+
+    def setup(self, *args: Any, **kwargs: Any) -> AutoFactorizedNormal:
+        """Create the parameters by running the model once on ``args`` and ``kwargs``; returns the guide."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            super()._setup_prototype(*args, **kwargs)
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        if not sites:
+            raise ValueError(
+                "AutoFactorizedNormal: the model has no continuous latent site. Convert the network with "
+                "to_bayesian(net, prior), and call it inside of the model."
+            )
+        unknown = self.draw - sites.keys()
+        if unknown:
+            raise ValueError(f"AutoFactorizedNormal: draw names {sorted(unknown)}; the sites are {sorted(sites)}")
+        for name, site in sites.items():
+            self._setup_site(name, site)
+
+    def _setup_site(self, name: str, site: Any) -> None:
+        fn = site["fn"]
+        if getattr(fn, "has_enumerate_support", False) or fn.support is None:
+            raise ValueError(
+                f"AutoFactorizedNormal: site '{name}' is discrete. Hide it with "
+                f"poutine.block(model, hide=[{name!r}]) and enumerate it, or give it a guide in an AutoGuideList."
+            )
+        value = site["value"].detach()
+        if not value.is_floating_point():
+            raise ValueError(f"AutoFactorizedNormal: site '{name}' has dtype {value.dtype}; it must be floating point")
+        loc = biject_to(fn.support).inv(value) if not _is_real(fn.support) else value
+        event_dim = fn.event_dim + loc.dim() - value.dim()
+        for frame in site["cond_indep_stack"]:  # a subsampled site has parameters for the full data
+            full_size = frame.full_size or frame.size
+            if full_size != frame.size:
+                index = torch.arange(full_size, device=loc.device) % frame.size
+                loc = loc.index_select(frame.dim - event_dim, index)
+        if not bool(torch.isfinite(loc).all()):
+            raise ValueError(f"AutoFactorizedNormal: the initial value of site '{name}' is not finite")
+        scale = self.init_scale(loc) if callable(self.init_scale) else self.init_scale
+        self._set_site(name, SitePosterior(loc.clone(memory_format=torch.contiguous_format), scale))
+        # Keep the shape and forget the numbers: a prototype should not cost the memory of a second network.
+        site["value"] = value.new_zeros(()).expand(value.shape)
+        site["infer"]["vdo_event_dim"] = event_dim
+
+    def _site(self, name: str) -> SitePosterior:
+        # Reading the attribute ``sites`` inside of a call would register its parameters with Pyro a second time.
+        return self._modules["sites"].get_submodule(name)  # type: ignore[union-attr,return-value]
+
+    def _set_site(self, name: str, posterior: SitePosterior) -> None:
+        node: nn.Module = self.sites
+        *path, last = name.split(".")
+        for part in path:
+            if part not in node._modules:
+                node.add_module(part, _Branch())
+            node = node.get_submodule(part)
+        node.add_module(last, posterior)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.prototype_trace is None and any(key.startswith(prefix + "sites.") for key in state_dict):
+            raise RuntimeError(
+                "AutoFactorizedNormal: load_state_dict before the parameters exist. Call guide.setup(*args) with the "
+                "arguments of the model first."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # ----------------------------------------------------------------- the guide
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every site; arguments as for the model. Returns a dict of site name to value."""
+        self.setup(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        undrawn = self.training and handlers.local_reparameterization_enabled()
+        result = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    stack.enter_context(plates[frame.name])
+                result[name] = self._sample_site(name, site, undrawn and name not in self.draw)
+        return result
+
+    def _sample_site(self, name: str, site: Any, undrawn: bool) -> Tensor:
+        q, event_dim = self._posterior(name, site), site["infer"]["vdo_event_dim"]
+        support = site["fn"].support
+        if _is_real(support):
+            value: Tensor = pyro.sample(name, (q if undrawn else q.drawn()).to_event(event_dim))
+            return value
+        latent = pyro.sample(name + "_unconstrained", q.drawn().to_event(event_dim), infer={"is_auxiliary": True})
+        transform = biject_to(support)
+        value = transform(latent)
+        log_density: Any = 0.0
+        if poutine.get_mask() is not False:
+            log_density = transform.inv.log_abs_det_jacobian(value, latent)
+            excess = log_density.dim() - value.dim() + site["fn"].event_dim
+            log_density = log_density.sum(tuple(range(-excess, 0))) if excess > 0 else log_density
+        sampled: Tensor = pyro.sample(name, dist.Delta(value, log_density=log_density, event_dim=site["fn"].event_dim))
+        return sampled
+
+    def _posterior(self, name: str, site: Any) -> FactorizedNormal:
+        """The posterior in unconstrained space; parameters of subsampled plates are subsampled."""
+        part = self._site(name)
+        event_dim = site["infer"].get("vdo_event_dim", 0)
+        prefix = f"{self._pyro_name}.{name}"
+        loc = _compat.param_statement(part, f"{prefix}.loc", part.loc)
+        log_scale = _compat.param_statement(part, f"{prefix}.log_scale", part.log_scale)
+        for frame in site["cond_indep_stack"]:
+            if (frame.full_size or frame.size) != frame.size:
+                loc = pyro.subsample(loc, event_dim=event_dim)
+                log_scale = pyro.subsample(log_scale, event_dim=event_dim)
+                break
+        return FactorizedNormal(
+            loc, log_scale.exp(), log_scale=log_scale, name=name, policy=self.policy, validate_args=False
+        )
+
+    # ----------------------------------------------------------------- what is known of the posterior
+
+    def _require_setup(self) -> Iterator[tuple[str, Any]]:
+        if self.prototype_trace is None:
+            raise RuntimeError("AutoFactorizedNormal has no parameters yet. Call guide.setup(*args) or train it first.")
+        return self.prototype_trace.iter_stochastic_nodes()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def posteriors(self) -> dict[str, FactorizedNormal]:
+        """The posterior of every real-valued site by name, with ``loc``, ``scale`` and ``log_alpha`` (detached)."""
+        return {name: self._detached(name) for name, site in self._require_setup() if _is_real(site["fn"].support)}
+
+    def _detached(self, name: str) -> FactorizedNormal:
+        part = self._site(name)
+        log_scale = part.log_scale.detach()
+        return FactorizedNormal(part.loc.detach(), log_scale.exp(), log_scale=log_scale, name=name, validate_args=False)
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior median of every site (mean, where real)."""
+        self.setup(*args, **kwargs) if self.prototype_trace is None else None
+        return {
+            name: biject_to(site["fn"].support)(self._detached(name).loc).clone()
+            for name, site in self._require_setup()
+        }
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior quantiles of every site, of shape (len(quantiles), *site shape)."""
+        self.setup(*args, **kwargs) if self.prototype_trace is None else None
+        result = {}
+        for name, site in self._require_setup():
+            q = self._detached(name)
+            at = torch.as_tensor(quantiles, dtype=q.loc.dtype, device=q.loc.device)
+            at = at.reshape(-1, *(1,) * q.loc.dim())
+            result[name] = biject_to(site["fn"].support)(q.drawn().icdf(at))
+        return result
+
+    # ----------------------------------------------------------------- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        # AutoGuide.__getstate__ empties the guide that is being pickled; this one leaves it as it is.
+        state = self.__dict__.copy()
+        for param in self.parameters():
+            param.__dict__.pop("unconstrained", None)
+        state["_model"], state["master"] = None, None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._model is None:
+            self._model = (_forgotten_model,)
+        reference = weakref.ref(self)
+        for module in self.modules():
+            if module is not self and isinstance(module, AutoGuide):
+                module._update_master(reference)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFactorizedNormal:
+        import copy
+
+        memo[id(self._model)] = self._model  # the copy is a guide of the same model
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        state = self.__getstate__()
+        state.pop("_model")
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        copied.__dict__["_model"] = self._model
+        return copied
+
+
+def _forgotten_model(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("this guide was unpickled, and models are not pickled with their guides; build it anew")
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real

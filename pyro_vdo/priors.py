@@ -1,0 +1,123 @@
+"""Prior distributions: improper log-uniform and empirical-Bayes Normal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal, NoReturn
+
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor
+
+from pyro_vdo import _compat
+from pyro_vdo.weights import Undrawn, expected_log_prob
+
+KLKind = Literal["exact", "molchanov", "kingma"]
+KL_KINDS: tuple[KLKind, ...] = ("exact", "molchanov", "kingma")
+
+# E log|w| = KL + log sigma - (gamma + log 2) / 2 (special.py) and E log q = -log sigma - (1 + log 2 pi) / 2: their sum
+# is KL + c, so that log p(w) = -log|w| + c makes the Monte Carlo average of log q - log p equal the registered KL.
+_LOG_UNIFORM_CONSTANT = -0.5 * (1 + math.log(2 * math.pi)) - 0.5 * (0.5772156649015329 + math.log(2))
+
+
+class ImproperPriorError(NotImplementedError):
+    """A sample was asked of a prior that is improper."""
+
+
+class WeightPrior(TorchDistribution):
+    """A prior over real weights that answers an undrawn weight with its expected log density.
+
+    Subclasses define :meth:`log_density` at real numbers and register a KL in ``kl.py``.
+    """
+
+    support = constraints.real
+    has_rsample = False
+    _validate_args = False
+
+    def __init__(self, batch_shape: torch.Size | tuple[int, ...] = ()) -> None:
+        super().__init__(torch.Size(batch_shape), validate_args=False)
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """Log density at real numbers, elementwise."""
+        raise NotImplementedError
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density at a real number; expected log density at an undrawn weight, elementwise."""
+        if isinstance(value, Undrawn):
+            return expected_log_prob(self, value)
+        return self.log_density(value)
+
+    def rsample(self, sample_shape: Any = ()) -> NoReturn:
+        """Refused: an improper prior has no samples."""
+        self._refuse()
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Refused, except where ``Predictive`` wants the shape alone: there it is zeros."""
+        if _compat.only_structure_is_asked():
+            return torch.zeros(self._extended_shape(torch.Size(sample_shape)))
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ImproperPriorError(
+            f"{type(self).__name__} is not a proper distribution and cannot be sampled. Run the model with a guide: "
+            "AutoFactorizedNormal(model) starts from the network's own weights. For Pyro's own guides pass "
+            "init_loc_fn=pyro_vdo.init_to_pretrained; for predictions use Predictive(model, guide=guide, ...)."
+        )
+
+
+class LogUniform(WeightPrior):
+    """Improper log-uniform prior p(w) proportional to 1/|w| (Kingma, Salimans, Welling 2015, section 4.2).
+
+    It prefers no magnitude to any other and thereby prunes: the KL depends on alpha = sigma^2/mu^2 only. Neither the
+    prior nor, in general, the posterior that it leads to is proper (Hron, Matthews, Ghahramani 2017, 2018); for a
+    proper alternative take :class:`EmpiricalBayesNormal`.
+
+    :param kl: which KL(Normal || LogUniform) ``Trace_ELBO`` and ``kl_divergence`` use: ``"exact"`` (Dawson function),
+        ``"molchanov"`` (the sigmoid fit of Molchanov et al. 2017, eq. 14), ``"kingma"`` (the polynomial of Kingma et
+        al. 2015, eq. 12, meant for alpha <= 1).
+    :raises ValueError: for an unknown ``kl``.
+    :raises ImproperPriorError: when sampled.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, kl: KLKind = "exact", *, batch_shape: torch.Size | tuple[int, ...] = ()) -> None:
+        if kl not in KL_KINDS:
+            raise ValueError(f"LogUniform: kl must be one of {KL_KINDS}, not {kl!r}")
+        self.kl = kl
+        super().__init__(batch_shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> LogUniform:
+        """The prior over a tensor of shape ``batch_shape``."""
+        return LogUniform(self.kl, batch_shape=torch.Size(batch_shape))
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """-log|w| + c, where c makes the Monte Carlo average of log q - log p equal the exact KL."""
+        return _LOG_UNIFORM_CONSTANT - value.abs().log()
+
+    def __repr__(self) -> str:
+        return f"LogUniform(kl={self.kl!r}, batch_shape={tuple(self.batch_shape)})"
+
+
+class EmpiricalBayesNormal(WeightPrior):
+    """Normal(0, lambda^2) whose lambda is always at its optimum for the posterior at hand (empirical Bayes).
+
+    lambda^2 = E_q w^2 = mu^2 + sigma^2 maximises the ELBO in lambda, and leaves KL = log(1 + mu^2/sigma^2) / 2 =
+    log(1 + 1/alpha) / 2 for each weight (Kharitonov, Molchanov, Vetrov 2018, eq. 7).
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, *, batch_shape: torch.Size | tuple[int, ...] = ()) -> None:
+        super().__init__(batch_shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> EmpiricalBayesNormal:
+        """The prior over a tensor of shape ``batch_shape``."""
+        return EmpiricalBayesNormal(batch_shape=torch.Size(batch_shape))
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """Log density at a real number with lambda = |w|, its optimum: -log|w| - (1 + log 2 pi) / 2."""
+        return -value.abs().log() - 0.5 * (1 + math.log(2 * math.pi))
+
+    def __repr__(self) -> str:
+        return f"EmpiricalBayesNormal(batch_shape={tuple(self.batch_shape)})"

@@ -1,0 +1,379 @@
+"""Random variables that have not been drawn yet: a tensor type, the table of its rules, and the honesty rules.
+
+An :class:`Undrawn` value is a tensor with a shape and no number of its own. A function that has a rule for it
+(``local_reparam.py``) consumes it; a density that is asked at it answers with its expectation; everything else
+draws it, once for the pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+from torch.utils._pytree import tree_any, tree_leaves, tree_map
+
+from pyro_vdo import _compat
+
+Rule = Callable[..., Any]
+
+
+class ReuseError(RuntimeError):
+    """One weight was used in two ways that would treat it as two variables (strict mode)."""
+
+
+class ReuseWarning(UserWarning):
+    """One weight was used in two ways that treat it as two variables."""
+
+
+@dataclass
+class ReusePolicy:
+    """What to do when a weight meets a data point twice: warn once for each site, or raise.
+
+    :param strict: raise :class:`ReuseError` instead of warning.
+    """
+
+    strict: bool = False
+    warned: set[str] = field(default_factory=set)
+
+    def report(self, name: str, what: str) -> None:
+        """Warn once for the site ``name``, or raise."""
+        message = (
+            f"weight '{name}' {what} in one pass. Local reparameterization would treat this one weight as two "
+            f"independent ones. Write AutoFactorizedNormal(model, draw=[{name!r}]) to draw it once per pass."
+        )
+        if self.strict:
+            raise ReuseError(message)
+        if name not in self.warned:
+            self.warned.add(name)
+            warnings.warn(message, ReuseWarning, stacklevel=2)
+
+
+@dataclass
+class Variable:
+    """The random variable behind an undrawn tensor and all its views, for one pass."""
+
+    name: str
+    policy: ReusePolicy
+    value: Tensor | None = None
+    linear_uses: list[tuple[int, int]] = field(default_factory=list)
+
+    def note_linear_use(self, extent: tuple[int, int]) -> None:
+        """Record that the elements in ``extent`` (first, last) met the data, and report a second meeting."""
+        if any(first <= extent[1] and extent[0] <= last for first, last in self.linear_uses):
+            self.policy.report(self.name, "is used by two linear maps")
+        self.linear_uses.append(extent)
+
+    def note_draw(self) -> None:
+        """Report a draw after a linear use."""
+        if self.linear_uses:
+            self.policy.report(self.name, "is drawn after a linear map has used it")
+
+
+class Undrawn(Tensor):
+    """A tensor whose value is a random variable that has not been drawn (abstract).
+
+    A family derives from it, and names its rules in :attr:`rules`. Subclasses define :meth:`law`, the distribution
+    of the value, :meth:`draw_root` and :meth:`with_event_dim`.
+    """
+
+    #: function -> rule(func, args, kwargs); one table for each family, open to users through ``register_rule``.
+    rules: ClassVar[dict[Callable[..., Any], Rule]] = {}
+    #: functions that only read metadata or are safe as they are
+    _passive: ClassVar[frozenset[Any]] = frozenset(
+        {
+            Tensor.dim,
+            Tensor.ndimension,
+            Tensor.size,
+            Tensor.numel,
+            Tensor.nelement,
+            Tensor.stride,
+            Tensor.element_size,
+            Tensor.is_floating_point,
+            Tensor.is_complex,
+            Tensor.__len__,
+            Tensor.__hash__,
+            Tensor.dim_order,
+            torch.numel,
+            torch.is_floating_point,
+            torch.is_complex,
+            torch.is_tensor,
+        }
+        | {
+            getattr(Tensor, name).__get__
+            for name in [
+                "shape",
+                "ndim",
+                "dtype",
+                "device",
+                "layout",
+                "is_cuda",
+                "is_sparse",
+                "is_quantized",
+                "is_meta",
+                "is_mps",
+                "is_nested",
+                "is_cpu",
+                "requires_grad",
+                "is_leaf",
+                "grad_fn",
+                "names",
+                "itemsize",
+                "nbytes",
+                "_version",
+                "_backward_hooks",
+            ]
+            if hasattr(Tensor, name)
+        }
+    )
+
+    variable: Variable
+    provenance: frozenset[Any]
+
+    def law(self) -> Distribution:
+        """The distribution of this value, elementwise."""
+        raise NotImplementedError
+
+    def draw(self) -> Tensor:
+        """The value of this pass: drawn at the first call and remembered."""
+        raise NotImplementedError
+
+    def expected_log_law(self) -> Tensor:
+        """E log q(w) under the value's own law q, elementwise: minus the entropy."""
+        return -self.law().entropy()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in cls._passive:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
+        if any(owner.provenance for owner in owners) or not all(issubclass(kind, Undrawn) for kind in types):
+            (args, kwargs), names = _compat.split_provenance(((*args,), kwargs))
+            owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
+            return _compat.add_provenance(_dispatch(func, owners, args, kwargs), names)
+        return _dispatch(func, owners, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Reached only below __torch_function__, by code that switches it off: the value has to be real there.
+        args, kwargs = tree_map(_drawn, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        shape = tuple(self.shape)
+        return f"{type(self).__name__}(name={self.variable.name!r}, shape={shape}, dtype={self.dtype})"
+
+
+def _drawn(leaf: Any) -> Any:
+    return leaf.draw() if isinstance(leaf, Undrawn) else leaf
+
+
+def _dispatch(func: Any, owners: list[Undrawn], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Apply the rule of the first family that has one for ``func``; draw every weight where none applies."""
+    if all(owner.variable.value is None for owner in owners):
+        for family in dict.fromkeys(type(owner) for owner in owners):
+            rule = family.rules.get(func)
+            if rule is not None:
+                result = rule(func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+    args, kwargs = tree_map(_drawn, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+class GaussianWeight(Undrawn):
+    """A weight w ~ Normal(loc, scale^2), elementwise independent, that has not been drawn.
+
+    :param loc: mean, of any shape; leading dimensions of stride 0 (particles) are never materialised.
+    :param scale: standard deviation, of the same shape.
+    :param variable: the variable that it is a part of.
+    :param log_scale: log(scale), where it is at hand.
+    :param event_dim: number of rightmost dimensions of the variable that are not batch dimensions, if known.
+    """
+
+    rules: ClassVar[dict[Callable[..., Any], Rule]] = {}
+    loc: Tensor
+    scale: Tensor
+    event_dim: int | None
+
+    @staticmethod
+    def __new__(cls: type[GaussianWeight], loc: Tensor, scale: Tensor, **_: Any) -> GaussianWeight:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[return-value,attr-defined]
+            cls, loc.shape, dtype=loc.dtype, device=loc.device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        *,
+        variable: Variable | None = None,
+        log_scale: Tensor | None = None,
+        event_dim: int | None = None,
+        parent: GaussianWeight | None = None,
+        apply: Callable[[Tensor], Tensor] | None = None,
+        extent: tuple[int, int] | None = None,
+        provenance: frozenset[Any] = frozenset(),
+    ) -> None:
+        self.loc = loc
+        self.scale = scale
+        self.variable = Variable("weight", ReusePolicy()) if variable is None else variable
+        self.event_dim = event_dim
+        self.provenance = provenance
+        self._log_scale = log_scale
+        self._variance: Tensor | None = None
+        self._expected_log_law: Tensor | None = None
+        self._parent = parent
+        self._apply = apply
+        self.extent = (0, loc.numel() - 1) if extent is None else extent
+
+    @property
+    def variance(self) -> Tensor:
+        """scale^2, computed once for all that ask."""
+        if self._variance is None:
+            self._variance = self.scale.square()
+        return self._variance
+
+    def law(self) -> torch.distributions.Normal:
+        """Normal(loc, scale), elementwise."""
+        return torch.distributions.Normal(self.loc, self.scale, validate_args=False)
+
+    def expected_log_law(self) -> Tensor:
+        """E log q(w) = -log scale - (1 + log 2 pi) / 2, elementwise."""
+        if self._expected_log_law is None:
+            log_scale = self.scale.log() if self._log_scale is None else self._log_scale
+            self._expected_log_law = -log_scale - 1.4189385332046727  # (1 + log(2 pi)) / 2
+        return self._expected_log_law
+
+    def draw(self) -> Tensor:
+        """The weight of this pass: ``loc + scale * eps``, drawn once for the variable and remembered."""
+        if self._parent is not None:
+            assert self._apply is not None
+            return self._apply(self._parent.draw())
+        if self.variable.value is None:
+            if _compat.density_is_asked():  # an independent sample is right for a density, whatever else used w
+                return self.loc + self.scale * torch.randn_like(self.loc)
+            self.variable.note_draw()
+            self.variable.value = self.loc + self.scale * torch.randn_like(self.loc)
+        return self.variable.value
+
+    def derived(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        apply: Callable[[Tensor], Tensor],
+        *,
+        event_dim: int | None = None,
+        extent: tuple[int, int] | None = None,
+    ) -> GaussianWeight:
+        """A function of this weight that is Gaussian and elementwise independent too (a view, a multiple)."""
+        return GaussianWeight(
+            loc,
+            scale,
+            variable=self.variable,
+            event_dim=event_dim,
+            parent=self,
+            apply=apply,
+            extent=self.extent if extent is None else extent,
+            provenance=self.provenance,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        value = self.variable.value
+        return _rebuild, (self.loc, self.scale, self.variable.name, value if self._parent is None else None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GaussianWeight:
+        loc, scale = self.loc.detach().clone(), self.scale.detach().clone()
+        copied = GaussianWeight(loc, scale, variable=Variable(self.variable.name, self.variable.policy))
+        memo[id(self)] = copied
+        return copied
+
+
+def _rebuild(loc: Tensor, scale: Tensor, name: str, value: Tensor | None) -> GaussianWeight:
+    return GaussianWeight(loc, scale, variable=Variable(name, ReusePolicy(), value))
+
+
+def _with_provenance(weight: GaussianWeight, names: frozenset[Any]) -> GaussianWeight:
+    if names == weight.provenance:
+        return weight
+    clone = GaussianWeight(
+        weight.loc,
+        weight.scale,
+        variable=weight.variable,
+        log_scale=weight._log_scale,
+        event_dim=weight.event_dim,
+        parent=weight._parent,
+        apply=weight._apply,
+        extent=weight.extent,
+        provenance=names,
+    )
+    return clone
+
+
+_compat.register_provenance(
+    GaussianWeight,
+    lambda weight, names: _with_provenance(weight, weight.provenance | names),
+    lambda weight: (_with_provenance(weight, frozenset()), weight.provenance),
+)
+
+
+class DrawnWeight(Tensor):
+    """A drawn weight with particle dimensions on its left, which torch's own layers do not take.
+
+    Functions with a rule broadcast the particles against the batch of the data, as Pyro's shapes do; every other
+    function sees an ordinary tensor.
+    """
+
+    rules: ClassVar[dict[Callable[..., Any], Rule]] = {}
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map(_plain, (args, kwargs or {}))
+        rule = cls.rules.get(func)
+        return func(*args, **kwargs) if rule is None else rule(func, args, kwargs)
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf.as_subclass(Tensor) if isinstance(leaf, DrawnWeight) else leaf
+
+
+def register_rule(
+    *functions: Callable[..., Any], family: type[Undrawn] | type[DrawnWeight] = GaussianWeight
+) -> Callable[[Rule], Rule]:
+    """Add a rule to the table: what each of ``functions`` does with an undrawn weight of ``family``.
+
+    The rule is called as ``rule(func, args, kwargs)`` in place of ``func(*args, **kwargs)``, where at least one
+    argument is an undrawn weight; it returns ``NotImplemented`` to leave the call to a draw. ``functions`` are torch
+    functions, or own ones that call ``torch.overrides.handle_torch_function``.
+    """
+
+    def add(rule: Rule) -> Rule:
+        for function in functions:
+            family.rules[function] = rule
+        return rule
+
+    return add
+
+
+def expected_log_prob(prior: Distribution, weight: Undrawn) -> Tensor:
+    """E log p(w) for w from its own law q: -KL(q || p) + E log q, elementwise; the KL is the registered one."""
+    names = weight.provenance
+    result = weight.expected_log_law() - kl_divergence(weight.law(), prior)
+    return _compat.add_provenance(result, names)  # type: ignore[no-any-return]
+
+
+def contains_undrawn(values: Any) -> bool:
+    """True where any leaf of ``values`` is an undrawn tensor."""
+    return bool(tree_any(lambda leaf: isinstance(leaf, Undrawn), values))
