@@ -1,7 +1,9 @@
 """Sparse variational dropout for Pyro: priors, guides, pruning and export of Bayesian networks."""
 
 from pyro_vdo import kl as _kl  # noqa: F401  registers the divergences
-from pyro_vdo import local_reparam as _local_reparam  # noqa: F401  registers the rules
+from pyro_vdo import rules_conv as _rules_conv  # noqa: F401  registers rules
+from pyro_vdo import rules_embedding as _rules_embedding  # noqa: F401  registers rules
+from pyro_vdo import rules_views as _rules_views  # noqa: F401  registers rules
 from pyro_vdo.guides import AutoFactorizedNormal, init_to_pretrained
 from pyro_vdo.handlers import local_reparameterization, scale_kl
 from pyro_vdo.local_reparam import sample_linear, sample_normal
