@@ -46,13 +46,19 @@ def init_to_pretrained(site: Any = None, *, fallback: Init = init_to_median) -> 
     shape = site["fn"].shape()
     if pretrained is not None and pretrained.shape == shape:
         return pretrained.detach().clone()
-    if isinstance(base_prior(site["fn"]), WeightPrior):
-        return torch.randn(shape) / max(shape[-1] if shape else 1, 1) ** 0.5
+    prior = base_prior(site["fn"])
+    if isinstance(prior, WeightPrior):
+        return prior.initial_value(shape)
     return fallback(site)
 
 
 class SitePosterior(nn.Module):
-    """The variational parameters of one site: ``loc`` and ``log_scale`` of its (unconstrained) Normal."""
+    """The variational parameters of one site: ``loc`` and ``log_scale`` of its (unconstrained) Normal.
+
+    A subclass that is given to :func:`register_posterior` approximates the sites of some class of priors in another
+    way. It says where ``loc`` starts (:meth:`initial`) and what the parameters mean (:meth:`posterior`), a distribution
+    over the site's own support.
+    """
 
     loc: nn.Parameter
     log_scale: nn.Parameter
@@ -62,6 +68,47 @@ class SitePosterior(nn.Module):
         self.loc = nn.Parameter(loc)
         log_scale = torch.as_tensor(init_scale, dtype=loc.dtype, device=loc.device).log()
         self.log_scale = nn.Parameter(log_scale.expand_as(loc).clone())
+
+    @classmethod
+    def initial(cls, value: Tensor, prior: Any) -> Tensor:
+        """``loc`` for the initial value of a site; for the Normal its unconstrained value."""
+        return value if _is_real(prior.support) else biject_to(prior.support).inv(value)
+
+    def posterior(self, read: Callable[[str], Tensor], prior: Any, name: str, policy: ReusePolicy | None) -> Any:
+        """The distribution that the parameters stand for.
+
+        :param read: gives a parameter by its attribute name; reads must go through it.
+        :param prior: the innermost prior of the site.
+        :param name: the name of the site.
+        :param policy: what to do when a weight is used in two ways.
+        """
+        loc, log_scale = read("loc"), read("log_scale")
+        return FactorizedNormal(
+            loc, log_scale.exp(), log_scale=log_scale, name=name, policy=policy, validate_args=False
+        )
+
+
+#: class of prior -> how the guide approximates its sites, in place of a Normal in unconstrained space
+SITE_POSTERIORS: dict[type[Any], type[SitePosterior]] = {}
+
+
+def register_posterior(prior: type[Any]) -> Callable[[type[SitePosterior]], type[SitePosterior]]:
+    """Class decorator: sites with a ``prior`` of this class are approximated by the decorated ``SitePosterior``."""
+
+    def add(posterior: type[SitePosterior]) -> type[SitePosterior]:
+        SITE_POSTERIORS[prior] = posterior
+        return posterior
+
+    return add
+
+
+def _registered(prior: Any) -> type[SitePosterior] | None:
+    return next((SITE_POSTERIORS[kind] for kind in type(prior).__mro__ if kind in SITE_POSTERIORS), None)
+
+
+def _is_direct(fn: Any) -> bool:
+    """True where the posterior is over the support of the site, false where it is over unconstrained space."""
+    return _is_real(fn.support) or _registered(base_prior(fn)) is not None
 
 
 class _Branch(nn.Module):
@@ -140,7 +187,8 @@ class AutoFactorizedNormal(AutoGuide):
         value = site["value"].detach()
         if not value.is_floating_point():
             raise ValueError(f"AutoFactorizedNormal: site '{name}' has dtype {value.dtype}; it must be floating point")
-        loc = biject_to(fn.support).inv(value) if not _is_real(fn.support) else value
+        kind = self._site_class(fn)
+        loc = kind.initial(value, fn)
         event_dim = fn.event_dim + loc.dim() - value.dim()
         for frame in site["cond_indep_stack"]:  # a subsampled site has parameters for the full data
             full_size = frame.full_size or frame.size
@@ -150,10 +198,13 @@ class AutoFactorizedNormal(AutoGuide):
         if not bool(torch.isfinite(loc).all()):
             raise ValueError(f"AutoFactorizedNormal: the initial value of site '{name}' is not finite")
         scale = self.init_scale(loc) if callable(self.init_scale) else self.init_scale
-        self._set_site(name, SitePosterior(loc.clone(memory_format=torch.contiguous_format), scale))
+        self._set_site(name, kind(loc.clone(memory_format=torch.contiguous_format), scale))
         # Keep the shape and forget the numbers: a prototype should not cost the memory of a second network.
         site["value"] = value.new_zeros(()).expand(value.shape)
         site["infer"]["vdo_event_dim"] = event_dim
+
+    def _site_class(self, fn: Any) -> type[SitePosterior]:
+        return _registered(base_prior(fn)) or SitePosterior
 
     def _site(self, name: str) -> SitePosterior:
         # Reading the attribute ``sites`` inside of a call would register its parameters with Pyro a second time.
@@ -194,7 +245,7 @@ class AutoFactorizedNormal(AutoGuide):
     def _sample_site(self, name: str, site: Any, undrawn: bool) -> Tensor:
         q, event_dim = self._posterior(name, site), site["infer"]["vdo_event_dim"]
         support = site["fn"].support
-        if _is_real(support):
+        if _is_direct(site["fn"]):
             value: Tensor = pyro.sample(name, (q if undrawn else q.drawn()).to_event(event_dim))
             return value
         latent = pyro.sample(name + "_unconstrained", q.drawn().to_event(event_dim), infer={"is_auxiliary": True})
@@ -208,21 +259,18 @@ class AutoFactorizedNormal(AutoGuide):
         sampled: Tensor = pyro.sample(name, dist.Delta(value, log_density=log_density, event_dim=site["fn"].event_dim))
         return sampled
 
-    def _posterior(self, name: str, site: Any) -> FactorizedNormal:
-        """The posterior in unconstrained space; parameters of subsampled plates are subsampled."""
+    def _posterior(self, name: str, site: Any) -> Any:
+        """The posterior of a site; parameters of subsampled plates are subsampled."""
         part = self._site(name)
         event_dim = site["infer"].get("vdo_event_dim", 0)
-        prefix = f"{self._pyro_name}.{name}"
-        loc = _compat.param_statement(part, f"{prefix}.loc", part.loc)
-        log_scale = _compat.param_statement(part, f"{prefix}.log_scale", part.log_scale)
-        for frame in site["cond_indep_stack"]:
-            if (frame.full_size or frame.size) != frame.size:
-                loc = pyro.subsample(loc, event_dim=event_dim)
-                log_scale = pyro.subsample(log_scale, event_dim=event_dim)
-                break
-        return FactorizedNormal(
-            loc, log_scale.exp(), log_scale=log_scale, name=name, policy=self.policy, validate_args=False
-        )
+        subsampled = any((frame.full_size or frame.size) != frame.size for frame in site["cond_indep_stack"])
+
+        def read(attribute: str) -> Tensor:
+            full_name = f"{self._pyro_name}.{name}.{attribute}"
+            value = _compat.param_statement(part, full_name, getattr(part, attribute))
+            return pyro.subsample(value, event_dim=event_dim) if subsampled else value
+
+        return part.posterior(read, base_prior(site["fn"]), name, self.policy)
 
     # ----------------------------------------------------------------- what is known of the posterior
 
@@ -236,19 +284,15 @@ class AutoFactorizedNormal(AutoGuide):
         """The posterior of every real-valued site by name, with ``loc``, ``scale`` and ``log_alpha`` (detached)."""
         return {name: self._detached(name) for name, site in self._require_setup() if _is_real(site["fn"].support)}
 
-    def _detached(self, name: str) -> FactorizedNormal:
+    def _detached(self, name: str) -> Any:
         part = self._site(name)
-        log_scale = part.log_scale.detach()
-        return FactorizedNormal(part.loc.detach(), log_scale.exp(), log_scale=log_scale, name=name, validate_args=False)
+        prior = base_prior(self.prototype_trace.nodes[name]["fn"])
+        return part.posterior(lambda attribute: getattr(part, attribute).detach(), prior, name, None)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior median of every site (mean, where real)."""
-        self.setup(*args, **kwargs) if self.prototype_trace is None else None
-        return {
-            name: biject_to(site["fn"].support)(self._detached(name).loc).clone()
-            for name, site in self._require_setup()
-        }
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -256,10 +300,10 @@ class AutoFactorizedNormal(AutoGuide):
         self.setup(*args, **kwargs) if self.prototype_trace is None else None
         result = {}
         for name, site in self._require_setup():
-            q = self._detached(name)
+            q = self._detached(name).drawn()
             at = torch.as_tensor(quantiles, dtype=q.loc.dtype, device=q.loc.device)
-            at = at.reshape(-1, *(1,) * q.loc.dim())
-            result[name] = biject_to(site["fn"].support)(q.drawn().icdf(at))
+            at = q.icdf(at.reshape(-1, *(1,) * q.loc.dim()))
+            result[name] = at if _is_direct(site["fn"]) else biject_to(site["fn"].support)(at)
         return result
 
     # ----------------------------------------------------------------- copies

@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyro_vdo import _compat
-from pyro_vdo.weights import Undrawn, expected_log_prob
+from pyro_vdo.weights import PrunedDraw, Undrawn, expected_log_prob
 
 KLKind = Literal["exact", "molchanov", "kingma"]
 KL_KINDS: tuple[KLKind, ...] = ("exact", "molchanov", "kingma")
@@ -45,7 +45,14 @@ class WeightPrior(TorchDistribution):
         """Log density at a real number; expected log density at an undrawn weight, elementwise."""
         if isinstance(value, Undrawn):
             return expected_log_prob(self, value)
+        if isinstance(value, PrunedDraw):  # a pruned weight is 0, where these densities may be infinite
+            safe = torch.where(value.kept, value, torch.ones_like(value))
+            return self.log_density(safe) * value.kept
         return self.log_density(value)
+
+    def initial_value(self, shape: torch.Size) -> Tensor:
+        """Where a guide starts without a pretrained value: Normal(0, 1/fan_in) noise, as there is nothing to sample."""
+        return torch.randn(shape) / max(shape[-1] if shape else 1, 1) ** 0.5
 
     def rsample(self, sample_shape: Any = ()) -> NoReturn:
         """Refused: an improper prior has no samples."""
