@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 from pyro_vdo import _compat, handlers
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.priors import WeightPrior
+from pyro_vdo.pruning import Prunable
 from pyro_vdo.weights import ReusePolicy
 
 Init = Callable[[Any], Any]
@@ -62,19 +63,26 @@ class SitePosterior(nn.Module):
 
     loc: nn.Parameter
     log_scale: nn.Parameter
+    kept: Tensor | None  # False for pruned weights; None where all are kept
 
     def __init__(self, loc: Tensor, init_scale: Tensor | float) -> None:
         super().__init__()
         self.loc = nn.Parameter(loc)
         log_scale = torch.as_tensor(init_scale, dtype=loc.dtype, device=loc.device).log()
         self.log_scale = nn.Parameter(log_scale.expand_as(loc).clone())
+        self.register_buffer("kept", None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "loc" in state_dict:
+            self.kept = torch.ones_like(self.loc, dtype=torch.bool) if prefix + "kept" in state_dict else None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def initial(cls, value: Tensor, prior: Any) -> Tensor:
         """``loc`` for the initial value of a site; for the Normal its unconstrained value."""
         return value if _is_real(prior.support) else biject_to(prior.support).inv(value)
 
-    def posterior(self, read: Callable[[str], Tensor], prior: Any, name: str, policy: ReusePolicy | None) -> Any:
+    def posterior(self, read: Callable[[str], Any], prior: Any, name: str, policy: ReusePolicy | None) -> Any:
         """The distribution that the parameters stand for.
 
         :param read: gives a parameter by its attribute name; reads must go through it.
@@ -83,8 +91,12 @@ class SitePosterior(nn.Module):
         :param policy: what to do when a weight is used in two ways.
         """
         loc, log_scale = read("loc"), read("log_scale")
+        kept = read("kept")
+        if kept is not None:  # pruned weights are constants: Normal(0, 1), which the samples do not show
+            zero = torch.zeros((), dtype=loc.dtype, device=loc.device)
+            loc, log_scale = torch.where(kept, loc, zero), torch.where(kept, log_scale, zero)
         return FactorizedNormal(
-            loc, log_scale.exp(), log_scale=log_scale, name=name, policy=policy, validate_args=False
+            loc, log_scale.exp(), log_scale=log_scale, name=name, policy=policy, kept=kept, validate_args=False
         )
 
 
@@ -115,7 +127,7 @@ class _Branch(nn.Module):
     """A node of the tree of sites, which mirrors the dots in their names."""
 
 
-class AutoFactorizedNormal(AutoGuide):
+class AutoFactorizedNormal(Prunable, AutoGuide):
     """Mean-field Normal guide whose weights stay undrawn while it trains (local reparameterization).
 
     Works with any Pyro model with continuous latent sites. Real-valued sites get a :class:`FactorizedNormal`;
@@ -265,9 +277,14 @@ class AutoFactorizedNormal(AutoGuide):
         event_dim = site["infer"].get("vdo_event_dim", 0)
         subsampled = any((frame.full_size or frame.size) != frame.size for frame in site["cond_indep_stack"])
 
-        def read(attribute: str) -> Tensor:
+        def read(attribute: str) -> Any:
             full_name = f"{self._pyro_name}.{name}.{attribute}"
-            value = _compat.param_statement(part, full_name, getattr(part, attribute))
+            if attribute == "kept":
+                value = self._mask(part)
+            else:
+                value = _compat.param_statement(part, full_name, getattr(part, attribute))
+            if value is None:
+                return None
             return pyro.subsample(value, event_dim=event_dim) if subsampled else value
 
         return part.posterior(read, base_prior(site["fn"]), name, self.policy)
@@ -287,7 +304,12 @@ class AutoFactorizedNormal(AutoGuide):
     def _detached(self, name: str) -> Any:
         part = self._site(name)
         prior = base_prior(self.prototype_trace.nodes[name]["fn"])
-        return part.posterior(lambda attribute: getattr(part, attribute).detach(), prior, name, None)
+
+        def read(attribute: str) -> Any:
+            value = getattr(part, attribute)
+            return None if value is None else value.detach()
+
+        return part.posterior(read, prior, name, None)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

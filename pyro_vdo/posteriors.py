@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vdo.weights import GaussianWeight, ReusePolicy, Undrawn, Variable
+from pyro_vdo.weights import GaussianWeight, PrunedDraw, ReusePolicy, Undrawn, Variable
 
 
 class FactorizedNormal(dist.Normal):
@@ -22,6 +22,8 @@ class FactorizedNormal(dist.Normal):
     :param log_scale: log(scale), if it is at hand; saves a pass over the weights.
     :param name: the name of the site, for messages.
     :param policy: what to do when a weight is used in two ways, see :class:`ReusePolicy`.
+    :param kept: False for pruned weights: their samples are exactly 0 and they have no part in the KL. ``loc`` has to
+        be 0 there.
     :raises ValueError: for a scale that is not positive or values that are not finite, if validation is on.
     """
 
@@ -33,8 +35,10 @@ class FactorizedNormal(dist.Normal):
         log_scale: Tensor | None = None,
         name: str = "weight",
         policy: ReusePolicy | None = None,
+        kept: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        self.kept = kept
         self.name = name
         self.policy = ReusePolicy() if policy is None else policy
         self._log_scale = log_scale
@@ -55,6 +59,7 @@ class FactorizedNormal(dist.Normal):
             log_scale=None if self._log_scale is None else self._log_scale.expand(shape),
             name=self.name,
             policy=self.policy,
+            kept=None if self.kept is None else self.kept.expand(shape),
             validate_args=False,
         )
 
@@ -73,6 +78,7 @@ class FactorizedNormal(dist.Normal):
             variable=Variable(self.name, self.policy),
             log_scale=None if log_scale is None else log_scale.expand(shape),
             event_dim=event_dim,
+            kept=None if self.kept is None else self.kept.expand(shape),
         )
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -82,15 +88,51 @@ class FactorizedNormal(dist.Normal):
 
     def drawn(self) -> dist.Normal:
         """The plain Pyro distribution with the same parameters, whose samples are real numbers."""
+        if self.kept is not None:
+            return PrunedNormal(self.loc, self.scale, self.kept)
         return dist.Normal(self.loc, self.scale, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at real numbers; at an undrawn weight minus its entropy, elementwise."""
         if not isinstance(value, Undrawn):
             return super().log_prob(value)  # type: ignore[no-any-return]
-        if isinstance(value, GaussianWeight) and _same(value.loc, self.loc) and _same(value.scale, self.scale):
+        if isinstance(value, GaussianWeight) and _same(value.loc, self.loc) and _same(value.law_scale, self.scale):
             return value.expected_log_law()
         return _expected_normal_log_prob(self, value)
+
+
+class PrunedNormal(dist.Normal):
+    """Normal(loc, scale^2) for the weights that are kept; the others are 0 and leave the density.
+
+    :param kept: True for the weights that are kept, of the shape of ``loc``, which is 0 elsewhere.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, kept: Tensor) -> None:
+        self.kept = kept
+        super().__init__(loc, scale, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PrunedNormal:
+        """The same distribution over a larger batch."""
+        shape = torch.Size(batch_shape)
+        return PrunedNormal(self.loc.expand(shape), self.scale.expand(shape), self.kept.expand(shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Real numbers, 0 for the pruned weights."""
+        value = super().rsample(sample_shape)
+        return PrunedDraw.of(value, self.kept.expand(value.shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """As :meth:`rsample`, without a gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density, elementwise; 0 for the pruned weights."""
+        return super().log_prob(value) * self.kept  # type: ignore[no-any-return]
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantiles; 0 for the pruned weights."""
+        return super().icdf(value) * self.kept  # type: ignore[no-any-return]
 
 
 class UndrawnEvent(dist.Independent):

@@ -199,6 +199,7 @@ class GaussianWeight(Undrawn):
     :param variable: the variable that it is a part of.
     :param log_scale: log(scale), where it is at hand.
     :param event_dim: number of rightmost dimensions of the variable that are not batch dimensions, if known.
+    :param kept: False for pruned weights, which are exactly 0; their ``loc`` must be 0.
     """
 
     rules: ClassVar[dict[Callable[..., Any], Rule]] = {}
@@ -224,9 +225,13 @@ class GaussianWeight(Undrawn):
         apply: Callable[[Tensor], Tensor] | None = None,
         extent: tuple[int, int] | None = None,
         provenance: frozenset[Any] = frozenset(),
+        kept: Tensor | None = None,
     ) -> None:
         self.loc = loc
-        self.scale = scale
+        self.law_scale = scale
+        # A pruned weight is 0 in every map; its law keeps a positive scale, so that densities at it stay finite.
+        self.scale = scale if kept is None else scale * kept
+        self.kept = kept
         self.variable = Variable("weight", ReusePolicy()) if variable is None else variable
         self.event_dim = event_dim
         self.provenance = provenance
@@ -246,12 +251,12 @@ class GaussianWeight(Undrawn):
 
     def law(self) -> torch.distributions.Normal:
         """Normal(loc, scale), elementwise."""
-        return torch.distributions.Normal(self.loc, self.scale, validate_args=False)
+        return torch.distributions.Normal(self.loc, self.law_scale, validate_args=False)
 
     def expected_log_law(self) -> Tensor:
         """E log q(w) = -log scale - (1 + log 2 pi) / 2, elementwise."""
         if self._expected_log_law is None:
-            log_scale = self.scale.log() if self._log_scale is None else self._log_scale
+            log_scale = self.law_scale.log() if self._log_scale is None else self._log_scale
             self._expected_log_law = -log_scale - 1.4189385332046727  # (1 + log(2 pi)) / 2
         return self._expected_log_law
 
@@ -308,7 +313,7 @@ def _with_provenance(weight: GaussianWeight, names: frozenset[Any]) -> GaussianW
         return weight
     clone = GaussianWeight(
         weight.loc,
-        weight.scale,
+        weight.law_scale,
         variable=weight.variable,
         log_scale=weight._log_scale,
         event_dim=weight.event_dim,
@@ -316,6 +321,7 @@ def _with_provenance(weight: GaussianWeight, names: frozenset[Any]) -> GaussianW
         apply=weight._apply,
         extent=weight.extent,
         provenance=names,
+        kept=weight.kept,
     )
     return clone
 
@@ -343,6 +349,20 @@ class DrawnWeight(Tensor):
         args, kwargs = tree_map(_plain, (args, kwargs or {}))
         rule = cls.rules.get(func)
         return func(*args, **kwargs) if rule is None else rule(func, args, kwargs)
+
+
+class PrunedDraw(DrawnWeight):
+    """A drawn weight whose pruned elements are 0 and no variables any more: the densities of priors leave them out."""
+
+    kept: Tensor
+
+    @staticmethod
+    def of(value: Tensor, kept: Tensor) -> PrunedDraw:
+        """``value`` where ``kept``, else 0."""
+        draw = torch.where(kept, value, torch.zeros((), dtype=value.dtype, device=value.device))
+        pruned: PrunedDraw = draw.as_subclass(PrunedDraw)
+        pruned.kept = kept
+        return pruned
 
 
 def _plain(leaf: Any) -> Any:
