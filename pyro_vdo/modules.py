@@ -29,6 +29,19 @@ LAYERS: tuple[type[nn.Module], ...] = (
     nn.Bilinear,
 )
 _FLAT_WEIGHTS = (nn.RNNBase, nn.RNNCellBase)
+#: what the dimensions of ``weight`` are called in ArviZ, by layer
+DIM_NAMES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("out", "in"),
+    nn.Conv1d: ("out", "in", "x"),
+    nn.Conv2d: ("out", "in", "y", "x"),
+    nn.Conv3d: ("out", "in", "z", "y", "x"),
+    nn.ConvTranspose1d: ("in", "out", "x"),
+    nn.ConvTranspose2d: ("in", "out", "y", "x"),
+    nn.ConvTranspose3d: ("in", "out", "z", "y", "x"),
+    nn.Embedding: ("token", "feature"),
+    nn.EmbeddingBag: ("token", "feature"),
+    nn.Bilinear: ("out", "in1", "in2"),
+}
 
 Priors = Distribution | Mapping[Any, Distribution]
 
@@ -45,7 +58,17 @@ class WeightDeclaration:
         prior = _move(self.prior, pretrained)
         fn = prior.expand(pretrained.shape).to_event(pretrained.dim())  # type: ignore[attr-defined]
         fn.pretrained = pretrained
+        fn.dim_names = _dim_names(module, self.attribute, pretrained.dim())
         return fn
+
+
+def _dim_names(module: nn.Module, attribute: str, count: int) -> tuple[str, ...]:
+    """Names of the dimensions of a parameter, as far as they are known: () or ``count`` names."""
+    kind = next((kind for kind in type(module).__mro__ if kind in DIM_NAMES), None)
+    if kind is None:
+        return ()
+    names = ("out",) if attribute == "bias" else DIM_NAMES[kind]
+    return names if len(names) == count else ()
 
 
 def _move(prior: Distribution, like: Tensor) -> Distribution:

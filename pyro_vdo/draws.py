@@ -1,0 +1,419 @@
+"""Joint draws from a guide and what a model says of them: log densities, likelihood by data point, predictions."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import ComposeTransform, Independent, Normal, TransformedDistribution, biject_to
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
+from pyro_vdo.weights import Undrawn
+
+_PLATE = "_pyro_vdo_draws"
+
+
+class _FixSubsamples(Messenger):
+    """Give every subsampling plate the same indices in each pass, so that a data point keeps its place."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            fn = msg["fn"]
+            size = fn.size if fn.subsample_size is None else fn.subsample_size
+            msg["value"] = torch.arange(size, device=getattr(fn, "device", None))
+
+
+class _Insert(Messenger):
+    """Give the named sites these values, without declaring them observed."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+
+
+class _CountBytes(TorchDispatchMode):
+    """Adds up the bytes of everything that is computed: an upper bound of the memory of one pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {leaf.data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.data_ptr() not in known:
+                self.bytes += leaf.numel() * leaf.element_size()
+        return result
+
+
+@contextmanager
+def evaluating(*callables: Any) -> Iterator[None]:
+    """Put the modules among ``callables`` into eval mode, and every submodule back as it was."""
+    modes = [(m, m.training) for c in callables if isinstance(c, nn.Module) for m in c.modules()]
+    try:
+        for callable_ in callables:
+            if isinstance(callable_, nn.Module):
+                callable_.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sample site: its shape without draws, and the names of its dimensions as far as they are known."""
+
+    name: str
+    kind: str  # "latent", "deterministic", "observed" or "predicted"
+    batch_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    plates: Mapping[int, str]  # position among the batch dimensions -> name
+    event_dims: tuple[str, ...] = ()
+    value: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of one draw."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return torch.empty((), dtype=self.dtype).element_size()
+
+
+@dataclass(frozen=True)
+class SiteParameters:
+    """Variational parameters of one site whose guide is a Normal, up to a transform to the support of the site."""
+
+    loc: Tensor
+    scale: Tensor
+    log_alpha: Tensor | None  # None for constrained sites
+    transform: Any = None  # from the Normal's space to the site's; None for real-valued sites
+
+
+@dataclass
+class Batch:
+    """Some joint draws: every tensor has the draws in its first dimension."""
+
+    values: dict[str, Tensor]
+    log_likelihood: dict[str, Tensor]
+    log_p: Tensor
+    log_q: Tensor
+    proper: Tensor  # log p under the proper stand-in of improper priors, minus log p
+
+
+class Sampler:
+    """Draws from one guide and its model, vectorised where the model allows it.
+
+    :param model, guide, args, kwargs: as for ``SVI``. ``guide`` may draw undrawn weights; they are drawn here.
+    :param vectorize: draw many at once; None tries, and compares with a single draw before it trusts the result.
+    :raises ValueError: if the model has latent sites that the guide does not have, beside observed ones.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        vectorize: bool | None = None,
+    ) -> None:
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
+        self._plate_dim = -1
+        with torch.no_grad():
+            with _CountBytes() as counter:
+                guide_trace, model_trace = self._pass(None)
+            self.bytes_per_draw = counter.bytes
+            self.sites = _sites(guide_trace, model_trace)
+            self.parameters = site_parameters(guide, guide_trace, model_trace)
+            self.guide_params = _guide_params(guide_trace)
+            self._plate_dim = -1 - _nesting(guide_trace, model_trace)
+            self.several_observed = sum(site.kind == "observed" for site in self.sites.values()) > 1
+            self.improper = [
+                name
+                for name, site in model_trace.nodes.items()
+                if isinstance(_unwrapped(site.get("fn")), (LogUniform, EmpiricalBayesNormal))
+                and name in self.parameters
+                and self.parameters[name].transform is None
+            ]
+            self.vectorized = self._can_vectorize() if vectorize is None else vectorize
+
+    # ----------------------------------------------------------------- passes
+
+    def _run(self, fn: Callable[..., Any], size: int | None, *handlers: Messenger) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                if size is not None:
+                    stack.enter_context(pyro.plate(_PLATE, size, dim=self._plate_dim))
+                for handler in (_FixSubsamples(), *handlers):
+                    stack.enter_context(handler)
+                return fn(*args, **kwargs)
+
+        with poutine.block():
+            return poutine.trace(wrapped).get_trace(*self.args, **self.kwargs)
+
+    def _pass(self, size: int | None) -> tuple[Any, Any]:
+        """Traces of the guide, and of the model at the values of the guide."""
+        guide_trace = self._run(self.guide, size)
+        values = {}
+        for name, site in guide_trace.nodes.items():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                if isinstance(site["value"], Undrawn):
+                    site["value"] = site["value"].draw()
+                values[name] = site["value"]
+        return guide_trace, self._run(self.model, size, _Insert(values))
+
+    def _can_vectorize(self) -> bool:
+        """Whether two draws at once give what the second of them gives alone."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                guide_trace, model_trace = self._pass(2)
+                together = self._collect(guide_trace, model_trace, 2, {})
+                values = {n: self._drawn(guide_trace.nodes[n]["value"], self.sites[n], 2)[1] for n in self._latent()}
+                alone = self._collect(guide_trace, self._run(self.model, None, _Insert(values)), None, {})
+        except (RuntimeError, ValueError, IndexError, AssertionError, NotImplementedError, TypeError):
+            # The model is not written for batches of draws; if it is wrong in itself, the single draws will say so.
+            return False
+        pairs = [(together.log_likelihood[n][1], alone.log_likelihood[n][0]) for n in alone.log_likelihood]
+        pairs.append((together.log_p[1], alone.log_p[0]))
+        return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
+
+    def _latent(self) -> list[str]:
+        return [name for name, site in self.sites.items() if site.kind == "latent"]
+
+    # ----------------------------------------------------------------- draws
+
+    def draw(self, count: int, *, values: bool = True, predict: bool = True) -> Batch:
+        """``count`` joint draws."""
+        wanted = {
+            name: site
+            for name, site in self.sites.items()
+            if (values if site.kind in ("latent", "deterministic") else predict)
+        }
+        with torch.no_grad():
+            if self.vectorized:
+                return self._one(count, wanted)
+            batches = [self._one(None, wanted) for _ in range(count)]
+        return Batch(
+            {name: torch.cat([b.values[name] for b in batches]) for name in wanted},
+            {n: torch.cat([b.log_likelihood[n] for b in batches]) for n in batches[0].log_likelihood},
+            torch.cat([b.log_p for b in batches]),
+            torch.cat([b.log_q for b in batches]),
+            torch.cat([b.proper for b in batches]),
+        )
+
+    def _one(self, size: int | None, wanted: Mapping[str, Site]) -> Batch:
+        guide_trace, model_trace = self._pass(size)
+        return self._collect(guide_trace, model_trace, size, wanted)
+
+    def _collect(self, guide_trace: Any, model_trace: Any, size: int | None, wanted: Mapping[str, Site]) -> Batch:
+        guide_trace.compute_log_prob()
+        model_trace.compute_log_prob()
+        likelihood = {}
+        for name, site in self.sites.items():
+            if site.kind == "observed":
+                node = model_trace.nodes[name]
+                log_prob = node["unscaled_log_prob"]
+                if node["mask"] is not None:
+                    log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, torch.zeros_like(log_prob))
+                likelihood[name] = self._drawn(log_prob, site, size, site.batch_shape)
+        predictions = self._predict(guide_trace, model_trace, size, wanted)
+        values = {
+            name: self._drawn(predictions.get(name, model_trace.nodes[name]["value"]), site, size)
+            for name, site in wanted.items()
+        }
+        return Batch(
+            values,
+            likelihood,
+            self._total(model_trace, size),
+            self._total(guide_trace, size),
+            self._proper_correction(model_trace, size),
+        )
+
+    def _predict(
+        self, guide_trace: Any, model_trace: Any, size: int | None, wanted: Mapping[str, Site]
+    ) -> dict[str, Tensor]:
+        """New data at the latent values of the pass."""
+        names = [name for name, site in wanted.items() if site.kind == "observed"]
+        if not names:
+            return {}
+        if not self.several_observed:  # its parents are all latent: no need to run the model again
+            return {name: model_trace.nodes[name]["fn"].sample() for name in names}
+        values = {name: guide_trace.nodes[name]["value"] for name in self._latent()}
+        trace = self._run(poutine.uncondition(self.model), size, _Insert(values))
+        return {name: trace.nodes[name]["value"] for name in names}
+
+    def _drawn(self, value: Tensor, site: Site, size: int | None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """``value`` with the draws in front and without the dimensions that only make room for plates."""
+        shape = site.shape if shape is None else shape
+        if size is None:
+            return value.expand(shape)[None]
+        room = -1 - self._plate_dim - len(site.batch_shape)
+        return value.expand(size, *(1,) * room, *shape).reshape(size, *shape)
+
+    def _total(self, trace: Any, size: int | None) -> Tensor:
+        """Sum of the (scaled and masked) log densities of every site, for each draw."""
+        total = torch.zeros(size or 1, dtype=torch.float64)
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                total = total + self._sum(site["log_prob"], size).to(total)
+        return total
+
+    def _sum(self, log_prob: Tensor, size: int | None) -> Tensor:
+        if size is None or log_prob.dim() < -self._plate_dim:
+            return log_prob.double().sum().expand(size or 1)
+        leading = log_prob.reshape(log_prob.shape[self._plate_dim], -1)
+        return leading.double().sum(-1).expand(size)
+
+    def _proper_correction(self, model_trace: Any, size: int | None) -> Tensor:
+        """log N(w; 0, mu^2 + sigma^2) - log p(w), summed over the weights with an improper prior."""
+        total = torch.zeros(size or 1, dtype=torch.float64)
+        for name in self.improper:
+            site, q = self.sites[name], self.parameters[name]
+            value = self._drawn(model_trace.nodes[name]["value"], site, size)
+            proper = Normal(0.0, (q.loc.square() + q.scale.square()).sqrt().expand(site.shape), validate_args=False)
+            log_p = self._sum(model_trace.nodes[name]["log_prob"], size)
+            total = total + (proper.log_prob(value).flatten(1).double().sum(1) - log_p).to(total)
+        return total
+
+
+def _sites(guide_trace: Any, model_trace: Any) -> dict[str, Site]:
+    result = {}
+    uncovered = []
+    for name, node in model_trace.nodes.items():
+        if node["type"] != "sample" or site_is_subsample(node) or site_is_factor(node):
+            continue
+        if node["infer"].get("_deterministic"):
+            kind = "deterministic"
+        elif node["is_observed"]:
+            kind = "observed"
+        elif name in guide_trace.nodes:
+            kind = "latent"
+        else:
+            kind = "predicted"
+            uncovered.append(name)
+        result[name] = _site(name, node, kind)
+    observed = [name for name, site in result.items() if site.kind == "observed"]
+    if uncovered and observed:
+        raise ValueError(
+            f"from_pyro_svi: the model has latent sites {uncovered} that the guide does not have. Write the model with "
+            "these summed out (for mixtures: MixtureSameFamily), or let the guide sample them. To predict, pass no "
+            f"observed data at all (now observed: {observed})."
+        )
+    return result
+
+
+def _site(name: str, node: Any, kind: str) -> Site:
+    value = node["value"]
+    event_dim = node["fn"].event_dim
+    batch_shape = tuple(value.shape[: value.dim() - event_dim])
+    frames = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
+    batch_shape = (1,) * (max((-d for d in frames), default=0) - len(batch_shape)) + batch_shape
+    plates = {len(batch_shape) + dim: plate for dim, plate in frames.items()}
+    event = tuple(node["infer"].get("event_dims", ()) or getattr(node["fn"], "dim_names", ()))
+    return Site(
+        name,
+        kind,
+        batch_shape,
+        batch_shape + tuple(value.shape[value.dim() - event_dim :]),
+        value.dtype,
+        plates,
+        event if len(event) == event_dim else (),
+        value.detach() if kind == "observed" else None,
+    )
+
+
+def _nesting(*traces: Any) -> int:
+    dims = [
+        frame.dim
+        for trace in traces
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return -min(dims, default=0)
+
+
+def site_parameters(guide: Any, guide_trace: Any, model_trace: Any) -> dict[str, SiteParameters]:
+    """Loc and scale of every site that the guide draws from a Normal, or from a transformed one as AutoNormal does."""
+    own = guide.posteriors() if hasattr(guide, "posteriors") else {}
+    result = {}
+    for name, node in model_trace.nodes.items():
+        if node["type"] != "sample" or node["is_observed"] or name not in guide_trace.nodes:
+            continue
+        if name in own:
+            result[name] = SiteParameters(own[name].loc, own[name].scale, own[name].log_alpha)
+            continue
+        transform = None
+        drawn = guide_trace.nodes[name]
+        if name + "_unconstrained" in guide_trace.nodes:
+            drawn = guide_trace.nodes[name + "_unconstrained"]
+            transform = _transform(node["fn"].support)
+        fn = _unwrapped(drawn["fn"])
+        if transform is None and isinstance(fn, TransformedDistribution):
+            transform, fn = ComposeTransform(list(fn.transforms)), _unwrapped(fn.base_dist)
+        if isinstance(fn, Normal):
+            loc, scale = fn.loc.detach(), fn.scale.detach()
+            log_alpha = 2 * (scale.log() - loc.abs().log()) if transform is None else None
+            result[name] = SiteParameters(loc, scale, log_alpha, transform)
+    return result
+
+
+def _unwrapped(fn: Any) -> Any:
+    """The distribution inside of wrappers that leave its values alone."""
+    while isinstance(fn, (Independent, MaskedDistribution, ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def _transform(support: Any) -> Any:
+    while isinstance(support, torch.distributions.constraints.independent):
+        support = support.base_constraint
+    return None if support is torch.distributions.constraints.real else biject_to(support)
+
+
+def _guide_params(guide_trace: Any) -> dict[str, Tensor]:
+    return {name: n["value"].detach() for name, n in guide_trace.nodes.items() if n["type"] == "param"}
+
+
+def argument_names(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the model gives them."""
+    target = model.forward if isinstance(model, nn.Module) else model
+    try:
+        bound = inspect.signature(target).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # a callable without a signature
+        return {f"arg_{i}": arg for i, arg in enumerate(args)} | dict(kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}_{i}": item for i, item in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    return named
