@@ -197,3 +197,43 @@ def register_provenance(
     """Teach Pyro's provenance tracking a new tensor type."""
     provenance.track_provenance.register(cls)(track)
     provenance.extract_provenance.register(cls)(extract)
+
+
+# --------------------------------------------------------------------------- what torch asks of a tensor
+
+_METHODS = """
+    dim ndimension size numel nelement stride element_size is_floating_point is_complex is_signed is_contiguous
+    is_inference is_conj is_neg is_same_size get_device dim_order storage_offset __len__ __hash__
+"""
+_PROPERTIES = """
+    shape ndim dtype device layout is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_sparse_csr is_quantized is_mkldnn
+    is_nested is_leaf grad grad_fn names itemsize nbytes _version _backward_hooks
+"""
+
+#: functions that read no number of a tensor
+METADATA = frozenset(
+    {getattr(owner, name) for name in _METHODS.split() for owner in (Tensor, torch) if hasattr(owner, name)}
+    | {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)}
+    | {torch.is_tensor}
+)
+
+_IN_PLACE = frozenset(
+    f"__{name}__"
+    for name in (
+        *("set", "setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift"),
+    )
+)
+
+
+def changes_in_place(func: Any) -> bool:
+    """True for functions that write to their first argument; torch ends their names with an underscore."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__") and name.endswith("__"):
+        return name in _IN_PLACE
+    return name.endswith("_") and not name.endswith("__")
+
+
+def is_view(tensor: Tensor) -> bool:
+    """True where ``tensor`` shares the memory of another, as far as autograd knows."""
+    return tensor._is_view()

@@ -75,7 +75,7 @@ def sample_linear(
     :param weight: the weight.
     :param bias: None, a tensor or a ``GaussianWeight``; broadcast against the output.
     """
-    weight.variable.note_linear_use(weight.extent)
+    weight.note_linear_use()
     mean = apply(x, weight.loc)
     var = apply(x * x, weight.variance)
     return add_bias(mean, var, bias)
@@ -84,7 +84,7 @@ def sample_linear(
 def add_bias(mean: Tensor, var: Tensor, bias: Any) -> Tensor:
     """Draw Normal(mean, var) + bias, where the bias may be an undrawn weight as well."""
     if is_gaussian(bias) and bias.variable.value is None:
-        bias.variable.note_linear_use(bias.extent)
+        bias.note_linear_use()
         mean, var = mean + bias.loc, var + bias.variance
     elif bias is not None:
         mean = mean + (bias.draw() if is_gaussian(bias) else bias)
@@ -111,7 +111,7 @@ def linear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 def _batched_linear(x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor:
     """x (*xb, in), weight (*wb, out, in) -> (*broadcast(xb, wb), out)."""
     shape = (*torch.broadcast_shapes(x.shape[:-1], weight.shape[:-2]), weight.shape[-2])
-    weight.variable.note_linear_use(weight.extent)
+    weight.note_linear_use()
     mean, var = linear_over_batch(x, weight.loc), linear_over_batch(x * x, weight.variance)
     return add_bias(mean.expand(shape), var.expand(shape), bias)
 
@@ -159,7 +159,7 @@ def addmm(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
     x, weight = (a, b) if is_gaussian(b) else (b, a)
-    weight.variable.note_linear_use(weight.extent)
+    weight.note_linear_use()
     product = (lambda x, w: torch.matmul(x, w)) if is_gaussian(b) else (lambda x, w: torch.matmul(w, x))
     mean, var = alpha * product(x, weight.loc), alpha**2 * product(x * x, weight.variance)
     return add_bias(mean, var, bias * beta)
@@ -197,7 +197,7 @@ def bilinear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     x1, x2, weight, bias = bind(("input1", "input2", "weight", "bias"), args, kwargs)
     if is_gaussian(x1) or is_gaussian(x2) or not is_gaussian(weight) or weight.dim() != 3:
         return NotImplemented
-    weight.variable.note_linear_use(weight.extent)
+    weight.note_linear_use()
     return add_bias(F.bilinear(x1, x2, weight.loc), F.bilinear(x1 * x1, x2 * x2, weight.variance), bias)
 
 

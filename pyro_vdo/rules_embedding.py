@@ -19,7 +19,7 @@ def embedding(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     if not is_gaussian(weight) or weight.dim() != 2:
         return NotImplemented
     _refuse_norm(weight, max_norm)
-    weight.variable.note_linear_use(weight.extent)
+    weight.note_linear_use()
     lookups = F.embedding(index, weight.loc, padding_idx), F.embedding(index, weight.scale, padding_idx)
     # A token that a sequence repeats is one weight that meets one data point twice: both get the same noise.
     first = torch.arange(index.shape[0], device=index.device) if index.dim() else index.new_zeros(())
@@ -57,7 +57,7 @@ def embedding_bag(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     keys, inverse = torch.unique(bags * weight.shape[0] + flat, return_inverse=True)
     factor = torch.zeros(keys.numel(), dtype=each.dtype, device=each.device).index_add(0, inverse, each).unsqueeze(1)
     rows, owner = keys % weight.shape[0], torch.div(keys, weight.shape[0], rounding_mode="floor")
-    weight.variable.note_linear_use(weight.extent)
+    weight.note_linear_use()
     empty = torch.zeros(count, weight.shape[1], dtype=weight.dtype, device=weight.device)
     mean = empty.index_add(0, owner, factor * weight.loc[rows])
     var = empty.index_add(0, owner, factor.square() * weight.variance[rows])

@@ -1,9 +1,8 @@
-"""What stays undrawn: views, casts, fixed scaling, and the few steps of ``Normal.log_prob``."""
+"""What stays undrawn: views, casts, shifts and multiples by fixed tensors, and the square in ``Normal.log_prob``."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,55 +12,29 @@ from pyro_vdo import _compat
 from pyro_vdo.local_reparam import Arguments, is_gaussian
 from pyro_vdo.weights import GaussianWeight, register_rule
 
-_VIEWS = [
-    "t",
-    "transpose",
-    "permute",
-    "reshape",
-    "view",
-    "view_as",
-    "reshape_as",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "movedim",
-    "moveaxis",
-    "swapaxes",
-    "swapdims",
-    "expand",
-    "expand_as",
-    "narrow",
-    "select",
-    "index_select",
-    "__getitem__",
-    "chunk",
-    "split",
-    "tensor_split",
-    "unbind",
-    "contiguous",
-    "flip",
-    "broadcast_to",
-    "ravel",
-    "clone",
-    "detach",
-    "adjoint",
-    "diagonal",
-    "alias",
-]
-_CASTS = ["to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"]
-_PROPERTIES = ["T", "mT", "H", "mH", "data"]
 
-
-def _resolve(names: list[str]) -> list[Any]:
-    found = [getattr(owner, name) for name in names for owner in (Tensor, torch) if hasattr(owner, name)]
+def _resolve(names: str) -> list[Any]:
+    found = [getattr(owner, name) for name in names.split() for owner in (Tensor, torch) if hasattr(owner, name)]
     return list(dict.fromkeys(found))
 
 
-@register_rule(*_resolve(_VIEWS), *_resolve(_CASTS), *(getattr(Tensor, name).__get__ for name in _PROPERTIES))
+_VIEWS = _resolve("""
+    t transpose permute reshape view view_as reshape_as flatten unflatten squeeze unsqueeze movedim moveaxis swapaxes
+    swapdims narrow select chunk split tensor_split unbind flip ravel adjoint diagonal
+    expand expand_as broadcast_to index_select __getitem__
+""") + [getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")]
+# These may repeat an element, which one map must not use as two.
+_MAY_REPEAT = frozenset(_resolve("expand expand_as broadcast_to index_select __getitem__"))
+_CASTS = [
+    *_resolve("to float double half bfloat16 type type_as cpu cuda contiguous clone detach alias"),
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+]
+
+
+@register_rule(*_VIEWS)
 def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
-    """Views, indexing and casts apply to loc and scale alike."""
-    weight = args[0] if args else kwargs.get("input")
+    """Views and indexing apply to loc and scale alike; a view that repeats an element is drawn."""
+    weight = args[0] if args else None
     if not isinstance(weight, GaussianWeight) or any(is_gaussian(a) for a in args[1:]):
         return NotImplemented
     rest = args[1:]
@@ -71,71 +44,120 @@ def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 
     locs, scales = apply(weight.loc), apply(weight.scale)
     if isinstance(locs, Tensor):
-        return _derive_view(weight, locs, scales, apply)
+        if func in _MAY_REPEAT and _repeats(apply, weight, locs):
+            return NotImplemented
+        return _part(weight, locs, scales, apply)
     return type(locs)(
-        _derive_view(weight, loc, scale, _part(apply, at))
-        for at, (loc, scale) in enumerate(zip(locs, scales, strict=True))
+        _part(weight, loc, scale, _nth(apply, at)) for at, (loc, scale) in enumerate(zip(locs, scales, strict=True))
     )
 
 
-def _part(apply: Callable[[Tensor], Any], at: int) -> Callable[[Tensor], Tensor]:
+def _nth(apply: Callable[[Tensor], Any], at: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: apply(tensor)[at]
 
 
-def _derive_view(
-    weight: GaussianWeight, loc: Tensor, scale: Tensor, apply: Callable[[Tensor], Tensor]
-) -> GaussianWeight:
+def _part(weight: GaussianWeight, loc: Tensor, scale: Tensor, apply: Callable[[Tensor], Tensor]) -> GaussianWeight:
     event_dim = None if weight.event_dim is None else max(weight.event_dim + loc.dim() - weight.dim(), 0)
-    return weight.derived(loc, scale, apply, event_dim=event_dim, extent=_extent(weight, loc))
+    return weight.derived(loc, scale, apply, event_dim=event_dim, place=apply)
 
 
-def _extent(weight: GaussianWeight, loc: Tensor) -> tuple[int, int]:
-    """First and last element of the variable that the view ``loc`` of ``weight.loc`` may touch."""
-    if loc._base is None or loc._base is not (weight.loc if weight.loc._base is None else weight.loc._base):
-        return weight.extent  # a copy: it may hold any part
-    start = weight.extent[0] + loc.storage_offset() - weight.loc.storage_offset()
-    return start, start + sum((size - 1) * stride for size, stride in zip(loc.shape, loc.stride(), strict=True))
+def _repeats(apply: Callable[[Tensor], Tensor], weight: GaussianWeight, loc: Tensor) -> bool:
+    if loc.shape == weight.shape and loc.stride() == weight.loc.stride():
+        return False  # nothing has happened
+    if loc.numel() > weight.numel():
+        return True
+    if _compat.is_view(loc):  # basic indexing, or an expansion of a smaller part
+        return any(stride == 0 and size > 1 for stride, size in zip(loc.stride(), loc.shape, strict=True))
+    numbers = apply(torch.arange(weight.numel(), device=loc.device).reshape(weight.shape))
+    return torch.unique(numbers).numel() < numbers.numel()
 
 
-@register_rule(operator.mul, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply,
-               torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide)  # fmt: skip
+@register_rule(Tensor.__iter__)
+def iterate(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Iterator[GaussianWeight]:
+    """``for row in w``."""
+    return iter(args[0].unbind(0))
+
+
+@register_rule(*_CASTS)
+def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+    """Casts, moves and copies leave each element where it is."""
+    weight, *rest = args
+    if not isinstance(weight, GaussianWeight) or any(is_gaussian(a) for a in rest):
+        return NotImplemented
+
+    def apply(tensor: Tensor) -> Any:
+        return func(tensor, *rest, **kwargs)
+
+    loc = apply(weight.loc)
+    if not isinstance(loc, Tensor):  # w.type() is a string
+        return loc
+    if not loc.is_floating_point():
+        return NotImplemented
+    return weight.derived(loc, apply(weight.scale), apply, event_dim=weight.event_dim)
+
+
+@register_rule(*_resolve("zeros_like ones_like empty_like full_like rand_like randn_like "
+                         "new_zeros new_ones new_empty new_full new_tensor"))  # fmt: skip
+def like(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+    """A new tensor of the same shape, dtype and device."""
+    return func(args[0].loc.detach(), *args[1:], **kwargs) if args and is_gaussian(args[0]) else NotImplemented
+
+
+_DIVISIONS = frozenset({torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.true_divide,
+                        torch.divide, Tensor.divide})  # fmt: skip
+
+
+@register_rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply, *_DIVISIONS)
 def scaling(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Multiplication by, and division by, a fixed tensor keep the weight undrawn where they keep its shape."""
     if len(args) != 2 or kwargs:
         return NotImplemented
     a, b = args
     weight, factor = (a, b) if is_gaussian(a) else (b, a)
-    divides = func in (torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide)
-    if is_gaussian(factor) or (divides and weight is b):
+    if is_gaussian(factor) or (func in _DIVISIONS and weight is b):
         return NotImplemented
     loc = func(weight.loc, factor) if weight is a else func(factor, weight.loc)
-    if loc.shape != weight.shape:
+    if loc.shape != weight.shape or not loc.is_floating_point():
         return NotImplemented
     positive = factor.abs() if isinstance(factor, Tensor) else abs(factor)
     return weight.derived(loc, func(weight.scale, positive), lambda w: func(w, factor), event_dim=weight.event_dim)
 
 
-@register_rule(torch.neg, Tensor.neg, Tensor.__neg__)
+@register_rule(torch.neg, Tensor.neg, Tensor.__neg__, torch.negative, Tensor.negative)
 def negative(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """-w."""
     (weight,) = args
     return weight.derived(-weight.loc, weight.scale, torch.neg, event_dim=weight.event_dim)
 
 
-@register_rule(torch.sub, Tensor.sub, Tensor.__sub__)
+_SUBTRACTIONS = frozenset({torch.sub, Tensor.sub, Tensor.__sub__, torch.subtract, Tensor.subtract})
+
+
+@register_rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__rsub__, *_SUBTRACTIONS)
 def shift(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
-    """w - c inside of ``Normal.log_prob`` stays undrawn; elsewhere it is drawn."""
-    if kwargs or not is_gaussian(args[0]) or is_gaussian(args[1]) or not _compat.normal_density_is_asked():
+    """w + c, w - c and c - w for a fixed tensor c, where they keep the shape; inside of ``Normal.log_prob`` always."""
+    if len(args) != 2 or kwargs or is_gaussian(args[0]) == is_gaussian(args[1]):
         return NotImplemented
-    weight, shift_by = args
-    loc = weight.loc - shift_by
-    return weight.derived(loc, weight.scale.expand_as(loc), lambda w: w - shift_by)
+    a, b = args
+    weight = a if is_gaussian(a) else b
+
+    def apply(w: Tensor) -> Any:
+        return func(w, b) if weight is a else func(a, w)
+
+    loc = apply(weight.loc)
+    if loc.shape == weight.shape:
+        return weight.derived(loc, weight.scale.to(loc.dtype), apply, event_dim=weight.event_dim)
+    if not _compat.normal_density_is_asked():
+        return NotImplemented
+    shape = loc.shape  # a density over more than the weight, such as one for each particle
+    return weight.derived(loc, weight.scale.expand(shape), apply, place=lambda numbers: numbers.expand(shape))
 
 
-@register_rule(torch.pow, Tensor.pow, Tensor.__pow__)
+@register_rule(torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square)
 def square(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """w^2 inside of ``Normal.log_prob`` is E w^2 = loc^2 + scale^2: the expected log density of a Normal prior."""
-    if kwargs or not is_gaussian(args[0]) or args[1] != 2 or not _compat.normal_density_is_asked():
+    squares = len(args) == 1 or (is_gaussian(args[0]) and isinstance(args[1], int | float) and args[1] == 2)
+    if kwargs or not squares or not _compat.normal_density_is_asked():
         return NotImplemented
     weight = args[0]
     return weight.loc.square() + weight.variance

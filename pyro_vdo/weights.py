@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map
 from pyro_vdo import _compat
 
 Rule = Callable[..., Any]
+#: the views that lead from a variable to a part of it
+Places = tuple[Callable[[Tensor], Tensor], ...]
 
 
 class ReuseError(RuntimeError):
@@ -60,13 +62,32 @@ class Variable:
     name: str
     policy: ReusePolicy
     value: Tensor | None = None
-    linear_uses: list[tuple[int, int]] = field(default_factory=list)
+    #: a sample for densities that have no closed form; it may differ from ``value``, as expectations add up
+    density_value: Tensor | None = None
+    #: identifies the distribution that the variable comes from
+    source: object = None
+    shape: torch.Size = field(default_factory=torch.Size)
+    linear_uses: list[Places] = field(default_factory=list)
 
-    def note_linear_use(self, extent: tuple[int, int]) -> None:
-        """Record that the elements in ``extent`` (first, last) met the data, and report a second meeting."""
-        if any(first <= extent[1] and extent[0] <= last for first, last in self.linear_uses):
+    def note_linear_use(self, places: Places) -> None:
+        """Record that the part ``places`` met the data, and report a second meeting of any of its elements."""
+        if any(self._overlap(places, other) for other in self.linear_uses):
             self.policy.report(self.name, "is used by two linear maps")
-        self.linear_uses.append(extent)
+        self.linear_uses.append(places)
+
+    def _overlap(self, first: Places, second: Places) -> bool:
+        if not (first and second):  # one of them is the whole
+            return True
+        seen = torch.zeros(self.shape.numel(), dtype=torch.bool)
+        seen[self.elements(first).reshape(-1)] = True
+        return bool(seen[self.elements(second).reshape(-1)].any())
+
+    def elements(self, places: Places) -> Tensor:
+        """The number, in the variable, of each element of a part."""
+        numbers = torch.arange(self.shape.numel()).reshape(self.shape)
+        for place in places:
+            numbers = place(numbers)
+        return numbers
 
     def note_draw(self) -> None:
         """Report a draw after a linear use."""
@@ -83,53 +104,8 @@ class Undrawn(Tensor):
 
     #: function -> rule(func, args, kwargs); one table for each family, open to users through ``register_rule``.
     rules: ClassVar[dict[Callable[..., Any], Rule]] = {}
-    #: functions that only read metadata or are safe as they are
-    _passive: ClassVar[frozenset[Any]] = frozenset(
-        {
-            Tensor.dim,
-            Tensor.ndimension,
-            Tensor.size,
-            Tensor.numel,
-            Tensor.nelement,
-            Tensor.stride,
-            Tensor.element_size,
-            Tensor.is_floating_point,
-            Tensor.is_complex,
-            Tensor.__len__,
-            Tensor.__hash__,
-            Tensor.dim_order,
-            torch.numel,
-            torch.is_floating_point,
-            torch.is_complex,
-            torch.is_tensor,
-        }
-        | {
-            getattr(Tensor, name).__get__
-            for name in [
-                "shape",
-                "ndim",
-                "dtype",
-                "device",
-                "layout",
-                "is_cuda",
-                "is_sparse",
-                "is_quantized",
-                "is_meta",
-                "is_mps",
-                "is_nested",
-                "is_cpu",
-                "requires_grad",
-                "is_leaf",
-                "grad_fn",
-                "names",
-                "itemsize",
-                "nbytes",
-                "_version",
-                "_backward_hooks",
-            ]
-            if hasattr(Tensor, name)
-        }
-    )
+    #: functions that only read metadata
+    _passive: ClassVar[frozenset[Any]] = _compat.METADATA
 
     variable: Variable
     provenance: frozenset[Any]
@@ -154,12 +130,23 @@ class Undrawn(Tensor):
         if func in cls._passive:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if _compat.changes_in_place(func):
+            cls._refuse_change(func, args, kwargs)
         owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
         if any(owner.provenance for owner in owners) or not all(issubclass(kind, Undrawn) for kind in types):
             (args, kwargs), names = _compat.split_provenance(((*args,), kwargs))
             owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
             return _compat.add_provenance(_dispatch(func, owners, args, kwargs), names)
         return _dispatch(func, owners, args, kwargs)
+
+    @classmethod
+    def _refuse_change(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        target = next(iter((*args, *kwargs.values())), None)
+        if isinstance(target, Undrawn):
+            raise RuntimeError(
+                f"weight '{target.variable.name}' is a random variable and cannot be changed in place "
+                f"({func.__name__}). Compute a new tensor: w = w * mask in place of w *= mask."
+            )
 
     @classmethod
     def __torch_dispatch__(
@@ -173,6 +160,9 @@ class Undrawn(Tensor):
         shape = tuple(self.shape)
         return f"{type(self).__name__}(name={self.variable.name!r}, shape={shape}, dtype={self.dtype})"
 
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
 
 def _drawn(leaf: Any) -> Any:
     return leaf.draw() if isinstance(leaf, Undrawn) else leaf
@@ -180,15 +170,25 @@ def _drawn(leaf: Any) -> Any:
 
 def _dispatch(func: Any, owners: list[Undrawn], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the rule of the first family that has one for ``func``; draw every weight where none applies."""
-    if all(owner.variable.value is None for owner in owners):
-        for family in dict.fromkeys(type(owner) for owner in owners):
-            rule = family.rules.get(func)
-            if rule is not None:
-                result = rule(func, args, kwargs)
-                if result is not NotImplemented:
-                    return result
-    args, kwargs = tree_map(_drawn, (args, kwargs))
-    return func(*args, **kwargs)
+    try:
+        if kwargs.get("out") is None and (_all_undrawn(owners) or _compat.density_is_asked()):
+            for family in dict.fromkeys(type(owner) for owner in owners):
+                rule = family.rules.get(func)
+                if rule is not None:
+                    result = rule(func, args, kwargs)
+                    if result is not NotImplemented:
+                        return result
+        args, kwargs = tree_map(_drawn, (args, kwargs))
+        return func(*args, **kwargs)
+    except RuntimeError as error:  # torch speaks of mat1 and mat2
+        what = " and ".join(f"'{owner.variable.name}' of shape {tuple(owner.shape)}" for owner in owners)
+        others = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if type(leaf) is Tensor]
+        error.add_note(f"in {getattr(func, '__name__', func)} of weight {what} with tensors of shape {others}")
+        raise
+
+
+def _all_undrawn(owners: list[Undrawn]) -> bool:
+    return all(owner.variable.value is None for owner in owners)
 
 
 class GaussianWeight(Undrawn):
@@ -223,7 +223,7 @@ class GaussianWeight(Undrawn):
         event_dim: int | None = None,
         parent: GaussianWeight | None = None,
         apply: Callable[[Tensor], Tensor] | None = None,
-        extent: tuple[int, int] | None = None,
+        places: Places = (),
         provenance: frozenset[Any] = frozenset(),
         kept: Tensor | None = None,
     ) -> None:
@@ -240,7 +240,18 @@ class GaussianWeight(Undrawn):
         self._expected_log_law: Tensor | None = None
         self._parent = parent
         self._apply = apply
-        self.extent = (0, loc.numel() - 1) if extent is None else extent
+        self.places = places
+        if parent is None:
+            self.variable.shape = loc.shape
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """True where a gradient flows to the mean or the standard deviation."""
+        return self.loc.requires_grad or self.scale.requires_grad
+
+    def note_linear_use(self) -> None:
+        """Tell the variable that this part of it meets the data; every rule calls it once."""
+        self.variable.note_linear_use(self.places)
 
     @property
     def variance(self) -> Tensor:
@@ -266,8 +277,10 @@ class GaussianWeight(Undrawn):
             assert self._apply is not None
             return self._apply(self._parent.draw())
         if self.variable.value is None:
-            if _compat.density_is_asked():  # an independent sample is right for a density, whatever else used w
-                return self.loc + self.scale * torch.randn_like(self.loc)
+            if _compat.density_is_asked():  # a sample of its own is right for a density, whatever else used w
+                if self.variable.density_value is None:
+                    self.variable.density_value = self.loc + self.scale * torch.randn_like(self.loc)
+                return self.variable.density_value
             self.variable.note_draw()
             self.variable.value = self.loc + self.scale * torch.randn_like(self.loc)
         return self.variable.value
@@ -279,9 +292,16 @@ class GaussianWeight(Undrawn):
         apply: Callable[[Tensor], Tensor],
         *,
         event_dim: int | None = None,
-        extent: tuple[int, int] | None = None,
+        place: Callable[[Tensor], Tensor] | None = None,
     ) -> GaussianWeight:
-        """A function of this weight that is Gaussian and elementwise independent too (a view, a multiple)."""
+        """A function of this weight that is Gaussian and elementwise independent too (a view, a multiple).
+
+        :param loc: its mean.
+        :param scale: its standard deviation.
+        :param apply: the function, of real numbers.
+        :param event_dim: as of the weight itself.
+        :param place: where the elements go, for a view; None where each stays at its place.
+        """
         return GaussianWeight(
             loc,
             scale,
@@ -289,17 +309,18 @@ class GaussianWeight(Undrawn):
             event_dim=event_dim,
             parent=self,
             apply=apply,
-            extent=self.extent if extent is None else extent,
+            places=self.places if place is None else (*self.places, place),
             provenance=self.provenance,
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        value = self.variable.value
-        return _rebuild, (self.loc, self.scale, self.variable.name, value if self._parent is None else None)
+        value = None if self.variable.value is None else self.draw().detach()
+        return _rebuild, (self.loc.detach(), self.scale.detach(), self.variable.name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GaussianWeight:
-        loc, scale = self.loc.detach().clone(), self.scale.detach().clone()
-        copied = GaussianWeight(loc, scale, variable=Variable(self.variable.name, self.variable.policy))
+        _, arguments = self.__reduce_ex__(None)
+        copied = _rebuild(*(arg.clone() if isinstance(arg, Tensor) else arg for arg in arguments))
+        copied.variable.policy = self.variable.policy
         memo[id(self)] = copied
         return copied
 
@@ -319,7 +340,7 @@ def _with_provenance(weight: GaussianWeight, names: frozenset[Any]) -> GaussianW
         event_dim=weight.event_dim,
         parent=weight._parent,
         apply=weight._apply,
-        extent=weight.extent,
+        places=weight.places,
         provenance=names,
         kept=weight.kept,
     )
