@@ -2,53 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from pyro.infer.autoguide import AutoGuideList
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
-from pyro_vdo.posteriors import FactorizedNormal
+from pyro_vdo import modules
+from pyro_vdo.layout import WeightLayout, guess_layout, weight_layout
 
 THRESHOLD = 3.0  # log alpha = 3 is a dropout rate of 0.95 (Molchanov et al. 2017, section 5.1)
 
-
-def _posteriors(guide: Any) -> Mapping[str, FactorizedNormal]:
-    if not hasattr(guide, "posteriors"):
-        raise TypeError(
-            f"relevance needs a guide of this package, such as AutoFactorizedNormal, not {type(guide).__name__}"
-        )
-    return guide.posteriors()  # type: ignore[no-any-return]
+Posteriors = Mapping[str, Any]
+Guide = Any  # a guide with ``posteriors()``, an AutoGuideList of such, or a mapping from site to distribution
 
 
-def log_alpha(guide: Any) -> dict[str, Tensor]:
-    """log alpha = log(sigma^2 / mu^2) of every weight, by site; inf where mu = 0 (Molchanov et al. 2017, eq. 9)."""
-    return {name: q.log_alpha for name, q in _posteriors(guide).items()}
+def posteriors(guide: Guide) -> dict[str, Any]:
+    """The posterior of every site by name.
+
+    :param guide: a guide with a method ``posteriors()``, an ``AutoGuideList`` that contains such guides, or a mapping
+        from site names to distributions with ``mean`` and ``variance``, elementwise (e.g. Normals from another guide).
+    :raises TypeError: for anything else.
+    """
+    if isinstance(guide, Mapping):
+        wrong = {name: type(q).__name__ for name, q in guide.items() if not isinstance(q, Distribution)}
+        if wrong:
+            raise TypeError(f"relevance: the mapping must lead to distributions, but holds {wrong}")
+        return dict(guide)
+    if hasattr(guide, "posteriors"):
+        return dict(guide.posteriors())
+    if isinstance(guide, AutoGuideList):
+        parts = [posteriors(part) for part in guide if isinstance(part, AutoGuideList) or hasattr(part, "posteriors")]
+        if parts:
+            return {name: q for part in parts for name, q in part.items()}
+    raise TypeError(
+        "relevance needs a guide of this package, such as AutoFactorizedNormal, an AutoGuideList with one, or a "
+        f"mapping {{site: Normal(loc, scale)}}, not {type(guide).__name__}"
+    )
 
 
-def dropout_rate(guide: Any) -> dict[str, Tensor]:
+def _log_alpha(q: Any) -> Tensor:
+    known = getattr(q, "log_alpha", None)
+    with torch.no_grad():
+        value: Tensor = q.variance.log() - 2 * q.mean.abs().log() if known is None else known
+    return value.detach()
+
+
+def log_alpha(guide: Guide) -> dict[str, Tensor]:
+    """log alpha = log(sigma^2 / mu^2) of every weight, by site; inf where mu = 0 (Molchanov et al. 2017, eq. 9).
+
+    Tensors have the shape of the site. ``guide`` is as for :func:`posteriors`.
+    """
+    return {name: _log_alpha(q) for name, q in posteriors(guide).items()}
+
+
+def dropout_rate(guide: Guide) -> dict[str, Tensor]:
     """p = alpha / (1 + alpha), the rate of the binary dropout with the same noise (Kingma et al. 2015, section 3)."""
     return {name: torch.sigmoid(value) for name, value in log_alpha(guide).items()}
 
 
-def signal_to_noise(guide: Any) -> dict[str, Tensor]:
-    """|mu| / sigma of every weight, by site."""
-    return {name: q.loc.abs() / q.scale for name, q in _posteriors(guide).items()}
+def signal_to_noise(guide: Guide) -> dict[str, Tensor]:
+    """|mu| / sigma = alpha^(-1/2) of every weight, by site."""
+    return {name: torch.exp(-0.5 * value) for name, value in log_alpha(guide).items()}
 
 
-def masks(guide: Any, threshold: float = THRESHOLD) -> dict[str, Tensor]:
-    """True for the weights to keep, those with log alpha < threshold, by site."""
-    return {name: value < threshold for name, value in log_alpha(guide).items()}
+def masks(guide: Guide, threshold: float | Mapping[str, float] = THRESHOLD) -> dict[str, Tensor]:
+    """True for the weights to keep, those with log alpha < threshold, by site.
+
+    A weight whose mean is exactly zero has log alpha = inf and is never kept.
+
+    :param threshold: one number, or a mapping from site to number (other sites: the default, 3).
+    :raises ValueError: if a threshold is not a number, or is given for a site that does not exist.
+    """
+    by_site = log_alpha(guide)
+    limits = _thresholds(threshold, by_site)
+    return {name: value < limits[name] for name, value in by_site.items()}
+
+
+def _thresholds(threshold: float | Mapping[str, float], sites: Iterable[str]) -> dict[str, float]:
+    names = list(sites)
+    given = threshold if isinstance(threshold, Mapping) else dict.fromkeys(names, threshold)
+    unknown = sorted(given.keys() - set(names))
+    if unknown:
+        raise ValueError(f"threshold is given for {unknown}; the sites are {sorted(names)}")
+    limits = {name: float(given.get(name, THRESHOLD)) for name in names}
+    for name, value in limits.items():
+        if math.isnan(value):
+            raise ValueError(f"threshold for site '{name}' is nan; it must be a number, by default {THRESHOLD:g}")
+    return limits
 
 
 @dataclass(frozen=True)
 class SparsityTable:
-    """Weights, kept weights and dead units by site; ``str`` is a table, ``frame`` a pandas frame."""
+    """Weights, kept weights and dead units by site; ``str`` is a table, ``frame`` a pandas frame.
+
+    The columns of ``frame`` are: shape, weights, kept, zero %, compression, inputs, dead inputs, outputs, dead outputs
+    (the last four are missing for sites that join no two sets of units, such as biases).
+    """
 
     frame: pd.DataFrame
-    threshold: float
+    threshold: float | Mapping[str, float] | None
 
     @property
     def weights(self) -> int:
@@ -63,60 +121,93 @@ class SparsityTable:
     @property
     def compression(self) -> float:
         """|W| / |W nonzero|; inf if nothing is kept."""
-        return self.weights / self.kept if self.kept else float("inf")
+        return self.weights / self.kept if self.kept else math.inf
 
     def __str__(self) -> str:
-        shown = self.frame.copy()
-        shown.loc["total"] = pd.Series(
-            {
-                "shape": "",
-                "weights": self.weights,
-                "kept": self.kept,
-                "zero %": 100 * (1 - self.kept / self.weights),
-                "compression": self.compression,
-                "dead inputs": "",
-                "dead outputs": "",
-            }
-        )
-        text: str = shown.to_string(
-            formatters={
-                "zero %": "{:.2f}".format,
-                "compression": "{:.1f}x".format,
-                "weights": "{:,}".format,
-                "kept": "{:,}".format,
-            }
-        )
-        return f"{text}\n(a weight is kept if log alpha < {self.threshold:g})"
+        columns = ["shape", "weights", "kept", "zero %", "compression", "dead inputs", "dead outputs"]
+        zero = 100 * (1 - self.kept / self.weights) if self.weights else 0.0
+        total = ["", f"{self.weights:,}", f"{self.kept:,}", f"{zero:.2f}", f"{self.compression:.1f}x", "", ""]
+        shown = pd.DataFrame([*map(_row, self.frame.to_dict("records")), total], columns=columns)
+        shown.index = pd.Index([*self.frame.index, "total"])
+        if self.threshold is None:
+            return shown.to_string()
+        limit = "its threshold" if isinstance(self.threshold, Mapping) else f"{self.threshold:g}"
+        return f"{shown.to_string()}\n(a weight is kept if log alpha < {limit})"
 
     def _repr_html_(self) -> str:
         return self.frame._repr_html_()  # type: ignore[no-any-return,operator]
 
 
-def sparsity(guide: Any, threshold: float = THRESHOLD) -> SparsityTable:
+def _row(row: Mapping[Any, Any]) -> list[str]:
+    dead = [
+        "-" if pd.isna(row[unit]) else f"{row[f'dead {unit}']:,} of {row[unit]:,}" for unit in ("inputs", "outputs")
+    ]
+    counts = [f"{row['weights']:,}", f"{row['kept']:,}", f"{row['zero %']:.2f}", f"{row['compression']:.1f}x"]
+    return [row["shape"], *counts, *dead]
+
+
+def sparsity(
+    guide: Guide, threshold: float | Mapping[str, float] = THRESHOLD, *, net: nn.Module | None = None
+) -> SparsityTable:
     """Layer by layer: weights, kept weights, percentage of zeros, compression, dead inputs and outputs.
 
-    Counts are raw counts of the weights with a prior; biases are not counted.
+    Counts are raw counts of the weights with a posterior; parameters without one are not counted. An input is dead if
+    no kept weight reads it, an output if no kept weight feeds it; for convolutions these are channels (of all groups),
+    for an embedding the entries and the columns.
 
-    :param guide: a guide with parameters (trained, or after ``setup``).
-    :param threshold: weights with log alpha >= threshold are zero.
+    :param guide: a guide with parameters (trained, or after ``setup``), or what else :func:`posteriors` takes.
+    :param threshold: weights with log alpha >= threshold are zero; as for :func:`masks`.
+    :param net: the network, where the guide does not know which layer a site belongs to (a mapping of distributions
+        for a net with grouped or transposed convolutions or embeddings).
     """
-    return sparsity_of(masks(guide, threshold), threshold)
+    layouts = _layouts_of_net(net) if net is not None else _layouts_of_guide(guide)
+    return sparsity_of(masks(guide, threshold), threshold, layouts)
 
 
-def sparsity_of(kept: Mapping[str, Tensor], threshold: float = THRESHOLD) -> SparsityTable:
-    """The table for given masks (True for kept), by site."""
-    rows = {}
+def sparsity_of(
+    kept: Mapping[str, Tensor],
+    threshold: float | Mapping[str, float] | None = None,
+    layouts: Mapping[str, WeightLayout] | None = None,
+) -> SparsityTable:
+    """The table for given masks (True for kept), by site; layouts of convolutions and embeddings where needed."""
+    rows = []
     for name, mask in kept.items():
         count, total = int(mask.sum()), mask.numel()
-        flat = mask.reshape(mask.shape[0], -1) if mask.dim() > 1 else mask.reshape(1, -1)
-        by_input = mask.transpose(0, 1).reshape(mask.shape[1], -1) if mask.dim() > 1 else mask.reshape(-1, 1)
-        rows[name] = {
-            "shape": "x".join(map(str, mask.shape)),
+        row: dict[str, Any] = {
+            "shape": "x".join(map(str, mask.shape)) or "scalar",
             "weights": total,
             "kept": count,
-            "zero %": 100 * (1 - count / total),
-            "compression": total / count if count else float("inf"),
-            "dead inputs": int((~by_input.any(1)).sum()),
-            "dead outputs": int((~flat.any(1)).sum()),
+            "zero %": 100 * (1 - count / total) if total else 0.0,
+            "compression": total / count if count else math.inf,
         }
-    return SparsityTable(pd.DataFrame.from_dict(rows, orient="index"), threshold)
+        alive = ((layouts or {}).get(name) or guess_layout(mask)).alive(mask)
+        for unit, units in zip(("inputs", "outputs"), alive or (None, None), strict=True):
+            row[unit] = pd.NA if units is None else units.numel()
+            row[f"dead {unit}"] = pd.NA if units is None else int((~units).sum())
+        rows.append(row)
+    columns = ["shape", "weights", "kept", "zero %", "compression", "inputs", "dead inputs", "outputs", "dead outputs"]
+    frame = pd.DataFrame(rows, index=pd.Index(list(kept), dtype=object), columns=columns)
+    return SparsityTable(frame.astype(dict.fromkeys(columns[5:], "Int64")), threshold)
+
+
+def _layouts_of_net(net: nn.Module) -> dict[str, WeightLayout]:
+    sites = modules.bayesian_weights(net)
+    names = {**{name: name for name, _ in net.named_parameters()}, **sites}
+    result = {}
+    for local, site in names.items():
+        owner, _, attribute = local.rpartition(".")
+        layout = weight_layout(net.get_submodule(owner), attribute)
+        if layout is not None:
+            result[site] = layout
+    return result
+
+
+def _layouts_of_guide(guide: Guide) -> dict[str, WeightLayout]:
+    """What ``to_bayesian`` wrote on the priors that the guide has traced."""
+    if isinstance(guide, AutoGuideList):
+        return {name: layout for part in guide for name, layout in _layouts_of_guide(part).items()}
+    trace = getattr(guide, "prototype_trace", None)
+    if trace is None:
+        return {}
+    found = {name: getattr(node.get("fn"), "layout", None) for name, node in trace.nodes.items()}
+    return {name: layout for name, layout in found.items() if isinstance(layout, WeightLayout)}
