@@ -84,7 +84,7 @@ class _Csr(nn.Module):
         self.register_buffer("col", kept[:, 1].int().contiguous())
         self.register_buffer("values", dense[kept[:, 0], kept[:, 1]].contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._cached: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._cached: tuple[Tensor, Tensor, Tensor] | None = None
 
     def set_csr(self, crow: Tensor, col: Tensor, values: Tensor) -> None:
         """Replace the matrix by another of the same shape; ``crow`` and ``col`` as in ``torch.sparse_csr_tensor``."""
@@ -97,20 +97,23 @@ class _Csr(nn.Module):
 
     def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
         """(the sparse tensor, the bias as a vector, as a column), all sharing memory with the buffers."""
-        cached = self._cached
-        if cached is None or cached[3] is not self.values:
+        if self._cached is None:
             with warnings.catch_warnings():  # torch says that CSR is in beta state, once in a process
                 warnings.filterwarnings("ignore", message="Sparse CSR tensor support|Sparse invariant checks")
                 weight = torch.sparse_csr_tensor(
                     self.crow, self.col, self.values, self.matrix_shape, check_invariants=False
                 )
             bias = self.values.new_zeros(self.matrix_shape[0]) if self.bias is None else self.bias
-            cached = self._cached = (weight, bias, bias.unsqueeze(1), self.values)
-        return cached[:3]
+            self._cached = (weight, bias, bias.unsqueeze(1))
+        return self._cached
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._cached = None
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cached = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # sparse tensors cannot be copied deeply
@@ -129,7 +132,7 @@ class SparseLinear(_Csr):
         super().__init__(out_features, in_features, weight, bias)
         self.in_features = in_features
         self.out_features = out_features
-        #: leave the result in the memory order in which it is computed: right where a layer of this file comes next
+        #: leave the result in the memory order in which it is computed: right where a linear layer comes next
         self.transposed_result = False
 
     @classmethod
@@ -139,13 +142,13 @@ class SparseLinear(_Csr):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*batch, in_features) to (*batch, out_features)."""
-        weight, bias, column = self._operands()
-        if x.dim() == 2 and x.shape[0] == 1:
-            return torch.addmv(bias, weight, x[0]).unsqueeze(0)
-        if x.dim() == 1:
-            return torch.addmv(bias, weight, x)
-        if x.dim() > 2:
+        weight, bias, column = self._cached or self._operands()
+        if x.dim() != 2:
+            if x.dim() == 1:
+                return torch.addmv(bias, weight, x)
             return self.forward(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
+        if len(x) == 1:
+            return torch.addmv(bias, weight, x[0]).unsqueeze(0)
         result = torch.addmm(column, weight, x.t()).t()
         return result if self.transposed_result else result.contiguous()
 
@@ -338,9 +341,9 @@ def _sparse_version(layer: nn.Module, everywhere: bool) -> nn.Module | None:
 
 
 def _keep_transposed(chain: nn.Sequential) -> None:
-    """Between two sparse layers the transposed order is the fast one, and no other layer sees it."""
+    """Between linear layers the transposed order is the fast one, and no other layer sees it."""
     layers = list(chain)
     for first, layer in enumerate(layers):
         if isinstance(layer, SparseLinear):
             following = next((other for other in layers[first + 1 :] if type(other) not in _ELEMENTWISE), None)
-            layer.transposed_result = isinstance(following, SparseLinear)
+            layer.transposed_result = isinstance(following, SparseLinear | nn.Linear)
