@@ -173,6 +173,11 @@ def only_structure_is_asked() -> bool:
 
 _INIT_TO_SAMPLE = pyro.infer.autoguide.initialization.init_to_sample.__code__
 
+def is_transforming() -> bool:
+    """True inside of a ``torch.func`` transform (``vmap``, ``grad``, ...)."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 # --------------------------------------------------------------------------- provenance
 
 
@@ -237,3 +242,8 @@ def changes_in_place(func: Any) -> bool:
 def is_view(tensor: Tensor) -> bool:
     """True where ``tensor`` shares the memory of another, as far as autograd knows."""
     return tensor._is_view()
+
+
+def validation_is_on() -> bool:
+    """True while Pyro validates inference (``pyro.enable_validation``, on by default) and nothing is traced."""
+    return bool(pyro.settings.get("validate_infer")) and not torch.jit.is_tracing()

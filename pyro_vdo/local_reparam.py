@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_vdo import _compat
 from pyro_vdo.weights import DrawnWeight, GaussianWeight, register_rule
 
 Arguments = tuple[Any, ...]
@@ -46,6 +47,8 @@ def sample_normal(mean: Tensor, var: Tensor) -> Tensor:
     :param mean: mean, any shape.
     :param var: variance, of the same shape; zero is allowed (its gradient there is 0).
     """
+    if var.dtype != mean.dtype:  # float16 autocast, see variance_of
+        return sample_normal(mean.to(var.dtype), var).to(mean.dtype)
     if torch.jit.is_tracing():  # a trace inlines the forward pass of a Function and loses its backward
         safe = torch.where(var > 0, var, torch.ones_like(var))
         std = torch.where(var > 0, safe.sqrt(), torch.zeros_like(var))
@@ -77,8 +80,34 @@ def sample_linear(
     """
     weight.note_linear_use()
     mean = apply(x, weight.loc)
-    var = apply(x * x, weight.variance)
-    return add_bias(mean, var, bias)
+    refuse_nan(mean, weight, x)
+    return add_bias(mean, variance_of(apply, x, weight), bias)
+
+
+def variance_of(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: GaussianWeight) -> Tensor:
+    """``apply(x^2, scale^2)``; in float32 where autocast would take float16, in which squares leave the range."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
+        with torch.autocast(device, enabled=False):
+            return apply(x.float().square(), weight.variance.float())
+    return apply(x * x, weight.variance)
+
+
+def refuse_nan(mean: Tensor, weight: GaussianWeight, *xs: Tensor) -> None:
+    """Say where nan comes from first, while Pyro validates. Not on a GPU, which would wait for each layer."""
+    if mean.device.type != "cpu" or not _compat.validation_is_on() or not bool(mean.detach().sum().isnan()):
+        return
+    name = weight.variable.name
+    if any(bool(x.isnan().any()) for x in xs):
+        raise ValueError(
+            f"nan in the data that weight '{name}' meets, of shape {[tuple(x.shape) for x in xs]}. Clean the data, or "
+            "fill in missing values and mask their likelihood (poutine.mask)."
+        )
+    if bool((weight.loc + weight.scale).isnan().any()):
+        raise ValueError(
+            f"the posterior of weight '{name}' has become nan: an earlier step had a gradient that was not finite. "
+            "Lower the learning rate, clip gradients (pyro.optim.ClippedAdam), or look for huge values in the data."
+        )
 
 
 def add_bias(mean: Tensor, var: Tensor, bias: Any) -> Tensor:
@@ -103,7 +132,7 @@ def linear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     if not is_gaussian(weight):
         mean = F.linear(x, weight)
         return add_bias(mean, torch.zeros_like(mean), bias)
-    if weight.dim() == 2:
+    if weight.dim() <= 2:
         return sample_linear(F.linear, x, weight, bias)
     return _batched_linear(x, weight, bias)
 
@@ -111,9 +140,7 @@ def linear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 def _batched_linear(x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor:
     """x (*xb, in), weight (*wb, out, in) -> (*broadcast(xb, wb), out)."""
     shape = (*torch.broadcast_shapes(x.shape[:-1], weight.shape[:-2]), weight.shape[-2])
-    weight.note_linear_use()
-    mean, var = linear_over_batch(x, weight.loc), linear_over_batch(x * x, weight.variance)
-    return add_bias(mean.expand(shape), var.expand(shape), bias)
+    return sample_linear(lambda x, w: linear_over_batch(x, w).expand(shape), x, weight, bias)
 
 
 def linear_over_batch(x: Tensor, weight: Tensor) -> Tensor:
@@ -133,15 +160,22 @@ def matmul(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     a, b = args if len(args) == 2 else bind(_MATMUL_NAMES.get(func, ("input", "other")), args, kwargs)
     if is_gaussian(a) == is_gaussian(b):
         return NotImplemented
-    if is_gaussian(b):
-        vectors = b.event_dim == 1 and b.dim() > 1 and func in _MATMULS
-        if vectors:  # particles of a vector: (S, 1, p) with x (N, p) -> (S, N)
-            return linear(F.linear, (a, _as_row(b)), {}).squeeze(-1)
-        return sample_linear(lambda x, w: func(x, w), a, b)
-    return sample_linear(lambda x, w: func(w, x), b, a)
+    weight, x = (a, b) if is_gaussian(a) else (b, a)
+    left = (weight is a) != (func is Tensor.__rmatmul__)
+    if not left and func in _MATMULS and weight.event_dim == 1 and weight.dim() > 1 and weight.shape[-2] == 1:
+        return linear(F.linear, (x, _as_row(weight)), {}).squeeze(-1)  # particles of a vector: (S, 1, p) with (N, p)
+    if _is_local(weight, left):
+        return NotImplemented
+    return sample_linear(lambda x, w: func(w, x) if weight is a else func(x, w), x, weight)
 
 
-_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mv, Tensor.mv)
+def _is_local(weight: GaussianWeight, left: bool) -> bool:
+    """True for latent vectors of a plate, such as a code for each data point: the outputs of one point share it."""
+    vectors = weight.variable.batch_dim > 0 and weight.event_dim is not None and weight.event_dim < 2
+    return vectors and (left or bool(weight.places))
+
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mv, Tensor.mv)
 _MATMUL_NAMES: dict[Any, tuple[str, ...]] = {torch.mm: ("input", "mat2"), torch.mv: ("input", "vec"),
                                              torch.bmm: ("input", "mat2"), torch.dot: ("input", "tensor")}  # fmt: skip
 
@@ -159,10 +193,10 @@ def addmm(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
     x, weight = (a, b) if is_gaussian(b) else (b, a)
-    weight.note_linear_use()
+    if _is_local(weight, left=weight is a):
+        return NotImplemented
     product = (lambda x, w: torch.matmul(x, w)) if is_gaussian(b) else (lambda x, w: torch.matmul(w, x))
-    mean, var = alpha * product(x, weight.loc), alpha**2 * product(x * x, weight.variance)
-    return add_bias(mean, var, bias * beta)
+    return sample_linear(product, x, weight * alpha, bias * beta)
 
 
 @register_rule(torch.einsum)
@@ -182,6 +216,8 @@ def einsum(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
         return NotImplemented  # a diagonal
     weight_at = 1 if is_gaussian(operands[1]) else 0
     x, weight = operands[1 - weight_at], operands[weight_at]
+    if weight.variable.batch_dim > 0 and weight.event_dim is not None:
+        return NotImplemented  # which letters are the plates?
     x_term, w_term = terms[1 - weight_at], terms[weight_at]
     # An index of x alone that is summed multiplies one weight several times: sum x over it first.
     kept = "".join(c for c in x_term if c in w_term or c in output)
@@ -195,15 +231,30 @@ def einsum(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 def bilinear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """``F.bilinear(x1, x2, w, b)``: the variance is bilinear(x1^2, x2^2, scale^2)."""
     x1, x2, weight, bias = bind(("input1", "input2", "weight", "bias"), args, kwargs)
-    if is_gaussian(x1) or is_gaussian(x2) or not is_gaussian(weight) or weight.dim() != 3:
+    if is_gaussian(x1) or is_gaussian(x2) or not is_gaussian(weight):
         return NotImplemented
     weight.note_linear_use()
-    return add_bias(F.bilinear(x1, x2, weight.loc), F.bilinear(x1 * x1, x2 * x2, weight.variance), bias)
+    mean = bilinear_over_batch(x1, x2, weight.loc)
+    refuse_nan(mean, weight, x1, x2)
+    return add_bias(mean, bilinear_over_batch(x1 * x1, x2 * x2, weight.variance), bias)
+
+
+def bilinear_over_batch(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:
+    """x1 (*xb, i), x2 (*xb, j), weight (*wb, o, i, j) -> (*broadcast(xb, wb), o)."""
+    single = core(weight, 3)
+    if single is None:
+        return torch.einsum("...i,...oij,...j->...o", x1, weight, x2)
+    shape = torch.broadcast_shapes(x1.shape[:-1], weight.shape[:-3])
+    return F.bilinear(x1, x2, single).expand(*shape, single.shape[0])
 
 
 def bind(names: tuple[str, ...], args: Arguments, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of a call in the order of ``names``, None for those not given."""
     bound = dict(zip(names, args, strict=False)) | kwargs
     return [bound.get(name) for name in names]
+
+
+# --------------------------------------------------------------------------- drawn weights with particles
 
 
 @register_rule(F.linear, family=DrawnWeight)
@@ -211,4 +262,12 @@ def drawn_linear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """``F.linear`` with a drawn weight of shape (*particles, 1, out, in)."""
     x, weight, bias = bind(("input", "weight", "bias"), args, kwargs)
     out = linear_over_batch(x, weight)
+    return out if bias is None else out + bias
+
+
+@register_rule(F.bilinear, family=DrawnWeight)
+def drawn_bilinear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+    """``F.bilinear`` with a drawn weight of shape (*particles, 1, out, in1, in2)."""
+    x1, x2, weight, bias = bind(("input1", "input2", "weight", "bias"), args, kwargs)
+    out = bilinear_over_batch(x1, x2, weight)
     return out if bias is None else out + bias

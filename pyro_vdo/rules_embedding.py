@@ -2,66 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from pyro_vdo.local_reparam import Arguments, bind, is_gaussian, sample_normal
-from pyro_vdo.weights import GaussianWeight, register_rule
+from pyro_vdo.local_reparam import Arguments, bind, core, is_gaussian, sample_normal
+from pyro_vdo.weights import DrawnWeight, GaussianWeight, register_rule
+
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+_BAG = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse",
+        "per_sample_weights", "include_last_offset", "padding_idx")  # fmt: skip
+
+
+def _over_particles(lookup: Callable[[Tensor, Tensor], Tensor], *parameters: Tensor) -> Tensor | None:
+    """``lookup(loc, scale)`` once for each particle: parameters (*particles, 1, V, D) -> (*particles, *out)."""
+    lead = parameters[0].shape[:-2]
+    singles = [core(parameter, 2) for parameter in parameters]
+    if any(single is None for single in singles):
+        return None
+    while lead and lead[-1] == 1:  # plates of the data, which the index has
+        lead = lead[:-1]
+    outs = [lookup(*singles) for _ in range(lead.numel())]  # type: ignore[arg-type]
+    return torch.stack(outs).reshape(*lead, *outs[0].shape)
 
 
 @register_rule(F.embedding)
 def embedding(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """``F.embedding(index, w)``: draws the rows that are used, once for each data point (leading index)."""
-    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    index, weight, padding_idx, max_norm, *_ = bind(names, args, kwargs)
-    if not is_gaussian(weight) or weight.dim() != 2:
+    index, weight, padding_idx, max_norm, *_ = bind(_EMBEDDING, args, kwargs)
+    if not is_gaussian(weight):
         return NotImplemented
     _refuse_norm(weight, max_norm)
+    out = _over_particles(lambda loc, scale: _lookup(index, loc, scale, padding_idx), weight.loc, weight.scale)
+    if out is None:
+        return NotImplemented
     weight.note_linear_use()
-    lookups = F.embedding(index, weight.loc, padding_idx), F.embedding(index, weight.scale, padding_idx)
+    return out
+
+
+def _lookup(index: Tensor, loc: Tensor, scale: Tensor, padding_idx: int | None) -> Tensor:
+    mean, std = F.embedding(index, loc, padding_idx), F.embedding(index, scale, padding_idx)
     # A token that a sequence repeats is one weight that meets one data point twice: both get the same noise.
-    first = torch.arange(index.shape[0], device=index.device) if index.dim() else index.new_zeros(())
-    keys = index + weight.shape[0] * first.reshape(-1, *(1,) * (index.dim() - 1)) if index.dim() else index
+    keys = index
+    if index.dim():
+        points = torch.arange(index.shape[0], device=index.device).reshape(-1, *(1,) * (index.dim() - 1))
+        keys = index + loc.shape[0] * points
     unique, inverse = torch.unique(keys, return_inverse=True)
-    eps = torch.randn(unique.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return lookups[0] + lookups[1] * eps[inverse]
+    eps = torch.randn(unique.numel(), loc.shape[1], dtype=loc.dtype, device=loc.device)
+    return mean + std * eps[inverse]
 
 
 @register_rule(F.embedding_bag)
 def embedding_bag(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """``F.embedding_bag`` in the modes sum and mean; a row that a bag repeats n times counts n^2 in the variance."""
-    names = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse",
-             "per_sample_weights", "include_last_offset", "padding_idx")  # fmt: skip
-    bound = dict(zip(names, bind(names, args, kwargs), strict=True))
-    index, weight, mode = bound["input"], bound["weight"], bound["mode"] or "mean"
-    if not is_gaussian(weight) or mode == "max":
+    call = dict(zip(_BAG, bind(_BAG, args, kwargs), strict=True))
+    weight = call["weight"]
+    if not is_gaussian(weight) or call["mode"] == "max" or is_gaussian(call["per_sample_weights"]):
         return NotImplemented
-    _refuse_norm(weight, bound["max_norm"])
+    _refuse_norm(weight, call["max_norm"])
+    uses = _row_uses(call, weight)
+
+    def bag(loc: Tensor, variance: Tensor) -> Tensor:
+        count, rows, owner, factor = uses
+        empty = torch.zeros(count, loc.shape[1], dtype=loc.dtype, device=loc.device)
+        mean = empty.index_add(0, owner, factor * loc[rows])
+        return sample_normal(mean, empty.index_add(0, owner, factor.square() * variance[rows]))
+
+    out = _over_particles(bag, weight.loc, weight.variance)
+    if out is None:
+        return NotImplemented
+    weight.note_linear_use()
+    return out
+
+
+def _row_uses(call: dict[str, Any], weight: GaussianWeight) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Number of bags; row, bag and factor of each row that a bag uses, repeats summed."""
+    index, each, padding_idx = call["input"], call["per_sample_weights"], call["padding_idx"]
+    flat, vocabulary = index.reshape(-1), weight.shape[-2]
     if index.dim() == 2:
-        bags = torch.arange(index.shape[0], device=index.device).unsqueeze(1).expand_as(index).reshape(-1)
-        count, flat = index.shape[0], index.reshape(-1)
+        count = index.shape[0]
+        bags = torch.arange(count, device=index.device).unsqueeze(1).expand_as(index).reshape(-1)
     else:
-        offsets = bound["offsets"][:-1] if bound["include_last_offset"] else bound["offsets"]
+        offsets = call["offsets"][:-1] if call["include_last_offset"] else call["offsets"]
+        count = offsets.numel()
         bags = torch.searchsorted(offsets, torch.arange(index.numel(), device=index.device), right=True) - 1
-        count, flat = offsets.numel(), index
-    each = bound["per_sample_weights"]
     each = torch.ones_like(flat, dtype=weight.dtype) if each is None else each.reshape(-1)
-    if bound["padding_idx"] is not None:
-        keep = flat != bound["padding_idx"]
+    if padding_idx is not None:
+        keep = flat != padding_idx % vocabulary
         bags, flat, each = bags[keep], flat[keep], each[keep]
-    if mode == "mean":
+    if call["mode"] != "sum":  # mean, the default
         sizes = torch.zeros(count, dtype=weight.dtype, device=weight.device).index_add_(0, bags, torch.ones_like(each))
         each = each / sizes[bags]
-    keys, inverse = torch.unique(bags * weight.shape[0] + flat, return_inverse=True)
+    keys, inverse = torch.unique(bags * vocabulary + flat, return_inverse=True)
     factor = torch.zeros(keys.numel(), dtype=each.dtype, device=each.device).index_add(0, inverse, each).unsqueeze(1)
-    rows, owner = keys % weight.shape[0], torch.div(keys, weight.shape[0], rounding_mode="floor")
-    weight.note_linear_use()
-    empty = torch.zeros(count, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    mean = empty.index_add(0, owner, factor * weight.loc[rows])
-    var = empty.index_add(0, owner, factor.square() * weight.variance[rows])
-    return sample_normal(mean, var)
+    return count, keys % vocabulary, torch.div(keys, vocabulary, rounding_mode="floor"), factor
 
 
 def _refuse_norm(weight: GaussianWeight, max_norm: Any) -> None:
@@ -70,3 +107,16 @@ def _refuse_norm(weight: GaussianWeight, max_norm: Any) -> None:
             f"embedding weight '{weight.variable.name}' has max_norm={max_norm}, which rewrites the weight in place; "
             "a random weight cannot be rewritten. Build the embedding without max_norm."
         )
+
+
+@register_rule(F.embedding, F.embedding_bag, family=DrawnWeight)
+def drawn_embedding(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+    """Lookups in a drawn weight of shape (*particles, 1, V, D), one after the other."""
+    names = _EMBEDDING if func is F.embedding else _BAG
+    call = dict(zip(names, args, strict=False)) | kwargs
+    weight = call.pop("weight")
+    lead = weight.shape[:-2]
+    while lead and lead[-1] == 1:
+        lead = lead[:-1]
+    outs = [func(weight=one, **call) for one in weight.reshape(-1, *weight.shape[-2:])]
+    return torch.stack(outs).reshape(*lead, *outs[0].shape)

@@ -7,6 +7,7 @@ draws it, once for the pass.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
-from pyro_vdo import _compat
+from pyro_vdo import _compat, fused
 
 Rule = Callable[..., Any]
 #: the views that lead from a variable to a part of it
@@ -67,6 +68,8 @@ class Variable:
     #: identifies the distribution that the variable comes from
     source: object = None
     shape: torch.Size = field(default_factory=torch.Size)
+    #: number of leading dimensions that are plates or particles, where that is known
+    batch_dim: int = 0
     linear_uses: list[Places] = field(default_factory=list)
 
     def note_linear_use(self, places: Places) -> None:
@@ -204,11 +207,10 @@ class GaussianWeight(Undrawn):
 
     rules: ClassVar[dict[Callable[..., Any], Rule]] = {}
     loc: Tensor
-    scale: Tensor
     event_dim: int | None
 
     @staticmethod
-    def __new__(cls: type[GaussianWeight], loc: Tensor, scale: Tensor, **_: Any) -> GaussianWeight:
+    def __new__(cls: type[GaussianWeight], loc: Tensor, scale: Tensor | None = None, **_: Any) -> GaussianWeight:
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[return-value,attr-defined]
             cls, loc.shape, dtype=loc.dtype, device=loc.device, requires_grad=False
         )
@@ -216,7 +218,7 @@ class GaussianWeight(Undrawn):
     def __init__(
         self,
         loc: Tensor,
-        scale: Tensor,
+        scale: Tensor | None = None,
         *,
         variable: Variable | None = None,
         log_scale: Tensor | None = None,
@@ -228,37 +230,112 @@ class GaussianWeight(Undrawn):
         kept: Tensor | None = None,
     ) -> None:
         self.loc = loc
-        self.law_scale = scale
-        # A pruned weight is 0 in every map; its law keeps a positive scale, so that densities at it stay finite.
-        self.scale = scale if kept is None else scale * kept
+        self._law_scale = scale
+        self._scale: Tensor | None = None
         self.kept = kept
         self.variable = Variable("weight", ReusePolicy()) if variable is None else variable
         self.event_dim = event_dim
         self.provenance = provenance
         self._log_scale = log_scale
         self._variance: Tensor | None = None
+        self._law_variance: Tensor | None = None
         self._expected_log_law: Tensor | None = None
+        #: the same, summed over the event dimensions
+        self._expected_log_law_sum: Tensor | None = None
         self._parent = parent
         self._apply = apply
         self.places = places
         if parent is None:
             self.variable.shape = loc.shape
+            self.variable.batch_dim = 0 if event_dim is None else loc.dim() - event_dim
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         """True where a gradient flows to the mean or the standard deviation."""
-        return self.loc.requires_grad or self.scale.requires_grad
+        scale = self._log_scale if self._law_scale is None else self._law_scale
+        return self.loc.requires_grad or (scale is not None and scale.requires_grad)
 
     def note_linear_use(self) -> None:
         """Tell the variable that this part of it meets the data; every rule calls it once."""
         self.variable.note_linear_use(self.places)
 
     @property
+    def law_scale(self) -> Tensor:
+        """The standard deviation of the law, positive for pruned weights too; computed where something asks."""
+        if self._law_scale is None:
+            assert self._log_scale is not None
+            self._law_scale = fused.once(torch.exp, self._log_scale)
+        return self._law_scale
+
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviation; 0 for pruned weights."""
+        # A pruned weight is 0 in every map; its law keeps a positive scale, so that densities at it stay finite.
+        if self._scale is None:
+            self._scale = self.law_scale if self.kept is None else self.law_scale * self.kept
+        return self._scale
+
+    @property
     def variance(self) -> Tensor:
         """scale^2, computed once for all that ask."""
         if self._variance is None:
-            self._variance = self.scale.square()
+            self._variance = self.law_variance if self.kept is None else self.law_variance * self.kept
         return self._variance
+
+    @property
+    def law_variance(self) -> Tensor:
+        """law_scale^2, computed once for all that ask."""
+        if self._law_variance is None:
+            if self._law_scale is None and self._log_scale is not None:
+                self._law_variance = fused.once(fused.variance, self._log_scale)
+            else:
+                self._law_variance = fused.once(torch.square, self.law_scale)
+        return self._law_variance
+
+    @property
+    def is_root(self) -> bool:
+        """True for a variable itself, false for a view or multiple of it."""
+        return self._parent is None
+
+    def is_whole(self, event_dim: int) -> bool:
+        """True for a variable itself with so many event dimensions, and one set of parameters for all particles."""
+        return self._parent is None and self.event_dim == event_dim and self._particles_repeat(event_dim)
+
+    def _particles_repeat(self, event_dim: int) -> bool:
+        lead = self.loc.dim() - event_dim
+        return lead == 0 or all(
+            self.loc.size(d) == 1 or self.loc.stride(d) == 0 == fused_by.stride(d)
+            for fused_by in [self.law_scale if self._log_scale is None else self._log_scale]
+            for d in range(lead)
+        )
+
+    def expected_log_law_sum(self, event_dim: int) -> Tensor:
+        """E log q(w) summed over the event dimensions, for a whole weight."""
+        if self._expected_log_law_sum is None:
+            dims = tuple(range(-event_dim, 0))
+            if self._log_scale is None:
+                self._expected_log_law_sum = self.expected_log_law().sum(dims)
+            else:
+                total = fused.unrepeated(self._log_scale).sum(dims)
+                total = -total - math.prod(self.shape[-event_dim:]) * fused.ENTROPY_CONSTANT
+                self._expected_log_law_sum = total.expand(self.shape[:-event_dim])
+        return self._expected_log_law_sum
+
+    def log_uniform_kl_sum(self, event_dim: int) -> Tensor | None:
+        """The exact KL to the log-uniform prior, summed over the event dimensions, for a whole weight.
+
+        None where it has to be composed of elementwise functions.
+        """
+        if type(self) is not GaussianWeight or self._log_scale is None or not self.is_whole(event_dim):
+            return None
+        parts = [fused.unrepeated(part) for part in (self.loc, self._log_scale, self.law_variance)]
+        sums = None if parts[0].numel() != parts[1].numel() else fused.log_uniform_sums(*parts)
+        if sums is None:
+            return None
+        batch = self.shape[: self.loc.dim() - event_dim]
+        if self._expected_log_law_sum is None:
+            self._expected_log_law_sum = sums[1].expand(batch)
+        return sums[0].expand(batch)
 
     def law(self) -> torch.distributions.Normal:
         """Normal(loc, scale), elementwise."""
@@ -268,7 +345,7 @@ class GaussianWeight(Undrawn):
         """E log q(w) = -log scale - (1 + log 2 pi) / 2, elementwise."""
         if self._expected_log_law is None:
             log_scale = self.law_scale.log() if self._log_scale is None else self._log_scale
-            self._expected_log_law = -log_scale - 1.4189385332046727  # (1 + log(2 pi)) / 2
+            self._expected_log_law = -log_scale - fused.ENTROPY_CONSTANT
         return self._expected_log_law
 
     def draw(self) -> Tensor:
@@ -334,7 +411,7 @@ def _with_provenance(weight: GaussianWeight, names: frozenset[Any]) -> GaussianW
         return weight
     clone = GaussianWeight(
         weight.loc,
-        weight.law_scale,
+        weight._law_scale,
         variable=weight.variable,
         log_scale=weight._log_scale,
         event_dim=weight.event_dim,
@@ -344,6 +421,8 @@ def _with_provenance(weight: GaussianWeight, names: frozenset[Any]) -> GaussianW
         provenance=names,
         kept=weight.kept,
     )
+    clone._law_variance = weight._law_variance
+    clone._expected_log_law_sum = weight._expected_log_law_sum
     return clone
 
 
