@@ -1,7 +1,7 @@
 """Special functions of variational dropout, with analytic derivatives.
 
 For ``q = Normal(loc, scale**2)`` and the log-uniform prior everything follows from Dawson's function
-``D`` and one ratio, ``r = loc / scale`` (Molchanov et al. 2017, section 4.2; DLMF 7.2.5)::
+``D`` (DLMF 7.2.5) and one ratio, ``r = loc / scale``::
 
     KL(r) = 2 * integral of D(u), u from 0 to |r| / sqrt(2)        KL'(r) = sqrt(2) * D(r / sqrt(2))
 
@@ -11,7 +11,8 @@ approximation each covers it, with no branches and no loss of relative accuracy 
     (exp(2 * KL) - 1) / t    rises from 1 to 2 * exp(EULER_GAMMA)
     KL'(r) * (t + c) / r     goes from c to 1
 
-Every function takes NaN to NaN, computes float16 and bfloat16 in float32, and never waits for a GPU.
+Every function takes NaN to NaN and never waits for a GPU. float16 and bfloat16 are computed in float32;
+the truncated functions, which are for units and not for weights, compute everything in float64.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ __all__ = [
     "expected_log_abs",
     "log_normal_cdf_difference",
     "normal_log_uniform_kl",
-    "normal_log_uniform_kl_sum",
     "truncated_log_normal_kl",
     "truncated_log_normal_moment",
     "truncated_normal_icdf",
@@ -64,57 +64,57 @@ class _Fit(NamedTuple):
 # are positive but for specks, so that Horner's rule loses no digits. Largest relative errors of the
 # fits: float32 3.1e-8 (value) and 1.9e-7 (slope), float64 1.3e-14 and 2.6e-14.
 _FLOAT32 = _Fit(
-    limit=2.0**10,
+    limit=2.0**12,
     value_num=(
-        1.000000031, 0.4990405983, 0.1167134904, 0.01282638919, 0.0008420556168, 0.0001309746906,
-        -1.599977573e-06, 4.574778549e-07,
+        1.000000031e-07, 4.990405983e-08, 1.167134904e-08, 1.282638919e-09, 8.420556168e-11, 1.309746906e-11,
+        -1.599977573e-13, 4.574778549e-14,
     ),
     value_den=(
-        1.0, 0.1657075184, 0.0392564349, 0.003988842088, 0.0002833986673, 3.65330878e-05,
-        -2.846851356e-07, 1.284276441e-07,
+        1e-07, 1.657075184e-08, 3.92564349e-09, 3.988842088e-10, 2.833986673e-11, 3.65330878e-12, -2.846851356e-14,
+        1.284276441e-14,
     ),
     shift=8.0,
     slope_num=(
-        8.000001496, 0.3139336931, 0.08327034485, 0.005714624038, 0.0004003010918,
-        1.909668436e-05, 7.893034241e-07, 3.934134524e-08,
+        8.000001496e-07, 3.139336931e-08, 8.327034485e-09, 5.714624038e-10, 4.003010918e-11, 1.909668436e-12,
+        7.893034241e-14, 3.934134524e-15,
     ),
     slope_den=(
-        1.0, 0.2475786258, 0.03697636879, 0.003432784136, 0.0002586638744, 1.475974567e-05,
-        4.352068768e-07, 3.934135283e-08,
+        1e-07, 2.475786258e-08, 3.697636879e-09, 3.432784136e-10, 2.586638744e-11, 1.475974567e-12, 4.352068768e-14,
+        3.934135283e-15,
     ),
 )  # fmt: skip
 _FLOAT64 = _Fit(
     limit=1e8,
     value_num=(
-        1.0000000000000127, 0.7108842093095399, 0.2538610012856268, 0.05332849703415705,
-        0.00731497119883478, 0.0007300446797187041, 6.085467676743791e-05, 3.968686153428371e-06,
-        1.9432177456509066e-07, 1.2937910059017708e-08, 1.1656115605473814e-10,
-        3.361444440490907e-11, -6.098958796441278e-13, 4.997461611190875e-14,
-        -7.595062896035529e-16, 2.0269456067119464e-17,
+        1.0000000000000127, 0.7108842093095399, 0.2538610012856268, 0.05332849703415705, 0.00731497119883478,
+        0.0007300446797187041, 6.085467676743791e-05, 3.968686153428371e-06, 1.9432177456509066e-07,
+        1.2937910059017708e-08, 1.1656115605473814e-10, 3.361444440490907e-11, -6.098958796441278e-13,
+        4.997461611190875e-14, -7.595062896035529e-16, 2.0269456067119464e-17,
     ),
     value_den=(
         1.0, 0.37755087597737386, 0.1057884870537417, 0.017612156584322504, 0.0024072926253199396,
-        0.00022952802900606939, 1.8701743919774533e-05, 1.1940946966140955e-06,
-        5.936534398550215e-08, 3.6979630177498497e-09, 4.4465762633572986e-11,
-        9.252779803717488e-12, -1.5376364821416513e-13, 1.3771312760093571e-14,
-        -2.0592834602404127e-16, 5.690239167813353e-18,
+        0.00022952802900606939, 1.8701743919774533e-05, 1.1940946966140955e-06, 5.936534398550215e-08,
+        3.6979630177498497e-09, 4.4465762633572986e-11, 9.252779803717488e-12, -1.5376364821416513e-13,
+        1.3771312760093571e-14, -2.0592834602404127e-16, 5.690239167813353e-18,
     ),
     shift=12.0,
     slope_num=(
-        11.99999999999969, 0.3916186096443873, 0.1301704895154425, 0.008272597632832173,
-        0.0006286892913489638, 3.41440716476772e-05, 1.6233009404807962e-06,
-        6.546430117218461e-08, 2.2927848349117416e-09, 6.964106436820681e-11,
-        1.905461028752232e-12, 4.0083789684632864e-14, 1.0972356361732465e-15,
+        11.99999999999969, 0.3916186096443873, 0.1301704895154425, 0.008272597632832173, 0.0006286892913489638,
+        3.41440716476772e-05, 1.6233009404807962e-06, 6.546430117218461e-08, 2.2927848349117416e-09,
+        6.964106436820681e-11, 1.905461028752232e-12, 4.0083789684632864e-14, 1.0972356361732465e-15,
         6.41995732054479e-18, 4.278278798071757e-19,
     ),
     slope_den=(
-        1.0, 0.28263488413613025, 0.04261737294325518, 0.004320623723501874,
-        0.0003322211723707581, 2.0238470027501568e-05, 1.0285360320056798e-06,
-        4.346213364823387e-08, 1.6303577388355342e-09, 4.903292123570879e-11,
-        1.5509241815327245e-12, 2.6013496738249523e-14, 1.0796616836872469e-15,
+        1.0, 0.28263488413613025, 0.04261737294325518, 0.004320623723501874, 0.0003322211723707581,
+        2.0238470027501568e-05, 1.0285360320056798e-06, 4.346213364823387e-08, 1.6303577388355342e-09,
+        4.903292123570879e-11, 1.5509241815327245e-12, 2.6013496738249523e-14, 1.0796616836872469e-15,
         8.581948832869485e-19, 4.2782787980716435e-19,
     ),
 )  # fmt: skip
+
+
+def _fit(dtype: torch.dtype) -> _Fit:
+    return _FLOAT64 if dtype == torch.float64 else _FLOAT32
 
 
 def _horner(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _horner(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
 
 def _value(r: Tensor) -> Tensor:
     """KL(r), branch-free, for any device."""
-    fit = _FLOAT64 if r.dtype == torch.float64 else _FLOAT32
+    fit = _fit(r.dtype)
     size = r.abs()
     t = size.clamp(max=fit.limit).square()
     near = 0.5 * torch.log1p(t * (_horner(fit.value_num, t) / _horner(fit.value_den, t)))
@@ -135,7 +135,7 @@ def _value(r: Tensor) -> Tensor:
 
 def _slope(r: Tensor) -> Tensor:
     """KL'(r). ``r + c / r`` is (t + c) / r: it needs no square, so no r is too large for it."""
-    fit = _FLOAT64 if r.dtype == torch.float64 else _FLOAT32
+    fit = _fit(r.dtype)
     t = r.clamp(-fit.limit, fit.limit).square()
     smooth = _horner(fit.slope_num, t) / _horner(fit.slope_den, t)
     return smooth / (r + fit.shift / r)
@@ -180,132 +180,134 @@ class use_compiled:  # noqa: N801 - reads like a function, as torch.no_grad does
         use_compiled.enabled = self._before
 
 
-_compiled: dict[tuple[str, bool], Callable[..., tuple[Tensor, Tensor, Tensor]] | None] = {}
+# One kernel for each kind of device; None where compiling failed.
+_compiled: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]] | None] = {}
 
 
-def _compiled_terms(loc: Tensor, scale: Tensor, total: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    key = loc.device.type, total
-    if key not in _compiled:
-        kernel = torch.compile(_composed_terms, dynamic=True, fullgraph=True)
+def _compiled_terms(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    device = loc.device.type
+    flat = loc.detach().reshape(-1), scale.detach().reshape(-1)
+    if device not in _compiled:
+        compiling = torch.compile(_composed_terms, dynamic=True, fullgraph=True)
         try:
-            kernel(loc.reshape(-1), scale.reshape(-1), total)
+            compiling(*flat)
         except Exception:  # whatever the reason, there is another way
-            _compiled[key] = None
+            _compiled[device] = None
         else:
-            _compiled[key] = kernel
-    kernel_or_none = _compiled[key]
-    if kernel_or_none is None:
+            _compiled[device] = compiling
+    kernel = _compiled[device]
+    if kernel is None:
         return None
-    kl, dloc, dscale = kernel_or_none(loc.reshape(-1), scale.reshape(-1), total)
-    return kl if total else kl.view(loc.shape), dloc.view(loc.shape), dscale.view(loc.shape)
+    kl, dloc, dscale = kernel(*flat)
+    return kl.view(loc.shape), dloc.view(loc.shape), dscale.view(loc.shape)
 
 
 @functools.cache
-def _constants(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
-    fit = _FLOAT64 if dtype == torch.float64 else _FLOAT32
-    lists = (fit.value_num, fit.value_den, fit.slope_num, fit.slope_den, (fit.shift, 0.0))
-    return tuple(torch.tensor(c, dtype=dtype, device="cpu").unbind() for c in lists)
+def _constants(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """As tensors, because addcmul takes no numbers."""
+    return torch.tensor(values, dtype=dtype, device="cpu").unbind()
 
 
-# Elements per thread in a chunk: seven float32 buffers of this length fit in a 1 MB second-level cache.
-_CHUNK = 2**15
+# Elements per thread in a chunk: long enough to hide the cost of a call, short enough for the cache.
+_CHUNK = 2**16
 
 
-def _ratio_into(num: tuple[Tensor, ...], den: tuple[Tensor, ...], t: Tensor, top: Tensor, low: Tensor) -> None:
+def _ratio_into(num: tuple[float, ...], den: tuple[float, ...], t: Tensor, top: Tensor, low: Tensor) -> Tensor:
     """top = num(t) / den(t), every step in place."""
     for coefficients, out in ((num, top), (den, low)):
-        torch.addcmul(coefficients[-2], coefficients[-1], t, out=out)
-        for coefficient in coefficients[-3::-1]:
+        first, *rest = _constants(coefficients[-2::-1], t.dtype)
+        torch.add(first, t, alpha=coefficients[-1], out=out)
+        for coefficient in rest:
             torch.addcmul(coefficient, out, t, out=out)
-    top.div_(low)
+    return top.div_(low)
 
 
-def _chunked_terms(loc: Tensor, scale: Tensor, kl: Tensor | None, dloc: Tensor | None, dscale: Tensor | None) -> Tensor:
-    """Fill flat CPU outputs and return the sum of the KL; one pass, each chunk stays in the cache.
+def _chunked_terms(loc: Tensor, scale: Tensor, kl: Tensor, dloc: Tensor, dscale: Tensor) -> Tensor:
+    """Fill flat CPU outputs in one pass; dloc and dscale may be empty. Returns the sum of the KL.
 
     The KL overflows where ``r**2`` does; the caller sees that in the sum and takes the other way.
     """
-    fit = _FLOAT64 if loc.dtype == torch.float64 else _FLOAT32
-    value_num, value_den, slope_num, slope_den, (shift, zero) = _constants(loc.dtype)
+    fit = _fit(loc.dtype)
+    (zero,) = _constants((0.0,), loc.dtype)
     length = min(len(loc), _CHUNK * torch.get_num_threads())
-    scratch = loc.new_empty(5, length).unbind()
+    scratch = loc.new_empty(4, length).unbind()
     sums = []
     for start in range(0, len(loc), length):
-        stop = min(start + length, len(loc))
-        r, t, top, low, value = (x[: stop - start] for x in scratch)
-        sigma = scale[start:stop]
-        torch.div(loc[start:stop], sigma, out=r)
-        torch.clamp(r, -fit.limit, fit.limit, out=t)
-        t.mul_(t)
-        _ratio_into(value_num, value_den, t, top, low)
-        if kl is not None:
-            value = kl[start:stop]
-        torch.mul(r, r, out=value).mul_(top).log1p_().mul_(0.5)
+        part = slice(start, min(start + length, len(loc)))
+        mean, deviation, value = loc[part], scale[part], kl[part]
+        r, t, top, low = (x[: len(mean)] for x in scratch)
+        torch.div(mean, deviation, out=r)
+        torch.mul(r, r, out=value)
+        torch.clamp(value, max=fit.limit**2, out=t)
+        value.mul_(_ratio_into(fit.value_num, fit.value_den, t, top, low)).log1p_().mul_(0.5)
         sums.append(value.sum())
-        if dloc is None or dscale is None:
-            continue
-        _ratio_into(slope_num, slope_den, t, top, low)
-        torch.div(shift, r, out=low).add_(r)
-        slope = torch.div(top.div_(low), sigma, out=dloc[start:stop])
-        torch.addcmul(zero, slope, r, value=-1.0, out=dscale[start:stop])
-    return torch.stack(sums).sum(dtype=torch.float64).to(loc.dtype)
+        if len(dloc) > 0:
+            _ratio_into(fit.slope_num, fit.slope_den, t, top, low)
+            # scale * (r + c / r), as in _slope.
+            torch.addcdiv(mean, deviation, r, value=fit.shift, out=low)
+            slope = torch.div(top, low, out=dloc[part])
+            torch.addcmul(zero, slope, r, value=-1.0, out=dscale[part])
+    return torch.stack(sums).sum()
 
 
-def _composed_terms(loc: Tensor, scale: Tensor, total: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _composed_terms(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r = loc / scale
-    kl, slope = _value(r), _slope(r) / scale
-    return kl.sum() if total else kl, slope, -r * slope
+    slope = _slope(r) / scale
+    return _value(r), slope, -r * slope
 
 
-def _terms(loc: Tensor, scale: Tensor, total: bool, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """KL (elementwise, or its sum), dKL/dloc and dKL/dscale; the last two empty if not wanted."""
+def _terms(loc: Tensor, scale: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """KL, dKL/dloc and dKL/dscale, elementwise; the last two may be empty if they are not wanted."""
     plain = _is_plain(loc, scale)
     if plain and use_compiled.enabled and with_gradient and loc.numel() >= use_compiled.smallest:
-        compiled = _compiled_terms(loc, scale, total)
+        compiled = _compiled_terms(loc, scale)
         if compiled is not None:
             return compiled
     if plain and loc.device.type == "cpu" and loc.numel() > 0:
-        # Each output is a tensor of its own, never a view: autograd saves two and returns the other.
-        kl = None if total else torch.empty_like(loc, memory_format=torch.contiguous_format)
-        shape = loc.shape if with_gradient else (0,)
-        dloc, dscale = loc.new_empty(shape), loc.new_empty(shape)
-        flat = [None if x is None else x.view(-1) for x in (kl, dloc, dscale)]
-        if not with_gradient:
-            flat[1:] = None, None
-        summed = _chunked_terms(loc.reshape(-1), scale.reshape(-1), *flat)
-        if bool(torch.isfinite(summed)):  # on the CPU: nothing to wait for
-            return summed if kl is None else kl, dloc, dscale
-    return _composed_terms(loc, scale, total)
+        kl = loc.new_empty(loc.shape)
+        dloc, dscale = (loc.new_empty(loc.shape if with_gradient else (0,)) for _ in range(2))
+        flat = (x.reshape(-1) for x in (loc, scale, kl, dloc, dscale))
+        if bool(torch.isfinite(_chunked_terms(*flat))):  # on the CPU: nothing to wait for
+            return kl, dloc, dscale
+    return _composed_terms(loc, scale)
 
 
 class _NormalLogUniformKL(Function):
-    """Returns the gradient with the value, so that the backward pass is two products."""
+    """Computes the gradient with the value, so that the backward pass is two products."""
 
     @staticmethod
-    def forward(loc: Tensor, scale: Tensor, total: bool, with_gradient: bool) -> Any:
-        return _terms(loc, scale, total, with_gradient)
+    def forward(loc: Tensor, scale: Tensor, with_gradient: bool) -> Any:
+        return _terms(loc, scale, with_gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:2], *output[1:])
+        ctx.save_for_backward(*inputs[:2])
+        ctx.factors = output[1:] if inputs[2] else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if grads[0] is None:
-            return None, None, None, None
-        loc, scale, dloc, dscale = ctx.saved_tensors
-        if dloc.shape != loc.shape:
-            _, dloc, dscale = _composed_terms(loc, scale, False)
-        weight = grads[0].expand_as(loc)
-        return *_GradientProduct.apply(weight, loc, scale, dloc, dscale), None, None  # type: ignore[no-untyped-call]
+            return None, None, None
+        loc, scale = ctx.saved_tensors
+        factors = ctx.factors
+        if factors is None:
+            factors = _terms(loc, scale, True)[1:]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return *_GradientProduct.apply(grads[0], loc, scale, *factors), None
+        # The factors become the gradients in place: fresh memory costs more than the product. Should
+        # there be another backward pass through this node, it computes them anew.
+        ctx.factors = None
+        try:
+            return factors[0].mul_(grads[0]), factors[1].mul_(grads[0]), None
+        except RuntimeError:  # a batch of gradients (is_grads_batched) does not fit in place
+            return factors[0] * grads[0], factors[1] * grads[0], None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, loc: Tensor, scale: Tensor, total: bool, _: bool) -> Any:
+    def vmap(info: Any, in_dims: Any, loc: Tensor, scale: Tensor, _: bool) -> Any:
         loc, scale = _batch_first(info, in_dims, loc, scale)
-        kl, dloc, dscale = _NormalLogUniformKL.apply(loc, scale, False, True)  # type: ignore[no-untyped-call]
-        return (kl.flatten(1).sum(1) if total else kl, dloc, dscale), (0, 0, 0)
+        return _NormalLogUniformKL.apply(loc, scale, True), (0, 0, 0)
 
 
 def _batch_first(info: Any, in_dims: Any, *tensors: Tensor) -> list[Tensor]:
@@ -343,7 +345,7 @@ class _GradientProduct(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
-        return _GradientProduct.apply(*_batch_first(info, in_dims, *tensors)), (0, 0)  # type: ignore[no-untyped-call]
+        return _GradientProduct.apply(*_batch_first(info, in_dims, *tensors)), (0, 0)
 
 
 class _KLDerivative(Function):
@@ -369,7 +371,7 @@ class _KLDerivative(Function):
 
 
 def _kl_derivative(r: Tensor, order: int) -> Tensor:
-    out: Tensor = _KLDerivative.apply(r, order)  # type: ignore[no-untyped-call]
+    out: Tensor = _KLDerivative.apply(r, order)
     return out
 
 
@@ -401,42 +403,20 @@ def dawson_integral(x: Tensor) -> Tensor:
     return (0.5 * _kl_derivative(z / SQRT_HALF, 0)).to(dtype)
 
 
-def _normal_log_uniform(loc: Tensor, scale: Tensor, total: bool) -> tuple[Tensor, torch.dtype]:
-    (loc, scale), dtype = _working(loc, scale)
-    loc, scale = torch.broadcast_tensors(loc, scale)
-    with_gradient = torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad)
-    return _NormalLogUniformKL.apply(loc, scale, total, with_gradient)[0], dtype  # type: ignore[no-untyped-call]
-
-
 def normal_log_uniform_kl(loc: Tensor, scale: Tensor) -> Tensor:
     """KL of ``Normal(loc, scale**2)`` from the log-uniform prior, 0 at ``loc = 0``.
 
-    ``2 * dawson_integral(|loc| / (scale sqrt(2)))``: the exact value of the integral that Molchanov et
-    al. 2017, equation 14, fit with a sigmoid (Hron et al. 2018 give the closed form).
+    ``2 * dawson_integral(|loc| / (scale sqrt(2)))``: exact, where Molchanov et al. 2017, equation 14, fit
+    a sigmoid. Hron et al. 2018 give the derivative in terms of Dawson's function.
 
-    ``loc`` and ``scale`` broadcast; the result is elementwise. ``scale`` must be positive: it is not
+    ``loc`` and ``scale`` broadcast; the result is elementwise. ``scale`` must be positive: that is not
     checked here, where a check would make a GPU wait.
     """
-    kl, dtype = _normal_log_uniform(loc, scale, False)
+    (loc, scale), dtype = _working(loc, scale)
+    loc, scale = torch.broadcast_tensors(loc, scale)
+    with_gradient = torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad)
+    kl: Tensor = _NormalLogUniformKL.apply(loc, scale, with_gradient)[0]
     return kl.to(dtype)
-
-
-def normal_log_uniform_kl_sum(loc: Tensor, scale: Tensor, event_dim: int) -> Tensor:
-    """``normal_log_uniform_kl`` summed over the rightmost ``event_dim`` dimensions of the broadcast.
-
-    The elementwise values are not stored when no batch dimension is larger than 1. Sums of float32 are
-    accumulated in float64. Raises ``ValueError`` if there are fewer than ``event_dim`` dimensions.
-    """
-    shape = torch.broadcast_shapes(loc.shape, scale.shape)
-    if not 0 <= event_dim <= len(shape):
-        raise ValueError(f"event_dim={event_dim} does not fit the shape {tuple(shape)}.")
-    batch = shape[: len(shape) - event_dim]
-    if math.prod(batch) == 1:
-        kl, dtype = _normal_log_uniform(loc, scale, True)
-    else:
-        kl, dtype = _normal_log_uniform(loc, scale, False)
-        kl = kl.reshape(*batch, math.prod(shape[len(batch) :])).sum(-1)
-    return kl.reshape(batch).to(dtype)
 
 
 def expected_log_abs(loc: Tensor, scale: Tensor) -> Tensor:
@@ -444,8 +424,8 @@ def expected_log_abs(loc: Tensor, scale: Tensor) -> Tensor:
 
     ``loc`` and ``scale`` broadcast; the result is elementwise.
     """
-    kl, dtype = _normal_log_uniform(loc, scale, False)
-    return (kl + scale.to(kl.dtype).log() - LOG_ABS_OFFSET).to(dtype)
+    (loc, scale), dtype = _working(loc, scale)
+    return (normal_log_uniform_kl(loc, scale) + scale.log() - LOG_ABS_OFFSET).to(dtype)
 
 
 def _mills_value(x: Tensor, order: int) -> Tensor:
@@ -483,8 +463,12 @@ class _Mills(Function):
 
 def _mills(x: Tensor, order: int) -> Tensor:
     """Integral over z > 0 of ``z**order exp(-x z - z**2 / 2)``, for x >= 0; order 0 is Mills' ratio."""
-    out: Tensor = _Mills.apply(x, order)  # type: ignore[no-untyped-call]
+    out: Tensor = _Mills.apply(x, order)
     return out
+
+
+# Quantiles stop here, 21 standard deviations out, so that their derivatives stay finite at u = 0 and 1.
+_SMALLEST_SHARE = 1e-100
 
 
 def _near_end(lo: Tensor, hi: Tensor, central: Tensor) -> Tensor:
@@ -537,12 +521,12 @@ def log_normal_cdf_difference(lo: Tensor, hi: Tensor) -> Tensor:
 def truncated_log_normal_kl(mu: Tensor, sigma: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     """KL of ``log theta ~ Normal(mu, sigma**2)`` cut to [a, b] from log theta uniform there.
 
-    Neklyudov et al. 2017, equation 10, arranged so that nothing cancels when mu is far outside of [a, b].
+    The closed form of Neklyudov et al. 2017, arranged so that nothing cancels when mu is far outside of [a, b].
     All arguments broadcast; the result is elementwise, computed in float64. Needs sigma > 0 and a < b.
     """
-    mean, deviation, a, b, dtype = _in_float64(mu, sigma, a, b)
-    width = (b - a) / deviation
-    lo, hi, width = torch.broadcast_tensors((a - mean) / deviation, (b - mean) / deviation, width)
+    mean, deviation, left, right, dtype = _in_float64(mu, sigma, a, b)
+    width = (right - left) / deviation
+    lo, hi, width = torch.broadcast_tensors((left - mean) / deviation, (right - mean) / deviation, width)
     central = (lo < 0) & (hi > 0)
     x = _near_end(lo, hi, central)
     mass, decay = _tail_mass(x, width)
@@ -551,7 +535,8 @@ def truncated_log_normal_kl(mu: Tensor, sigma: Tensor, a: Tensor | float, b: Ten
     mass, lo, hi = _central_mass(lo, hi, central)
     moment = lo * torch.exp(-0.5 * lo.square()) - hi * torch.exp(-0.5 * hi.square())
     middle = -mass.log() - LOG_SQRT_2PI - 0.5 - 0.5 * moment / (mass * math.sqrt(2.0 * math.pi))
-    return (width.log() + torch.where(central, middle, tail)).to(dtype)
+    kl: Tensor = width.log() + torch.where(central, middle, tail)
+    return kl.to(dtype)
 
 
 def truncated_log_normal_moment(
@@ -559,15 +544,15 @@ def truncated_log_normal_moment(
 ) -> Tensor:
     """``E theta**order`` for ``log theta ~ Normal(mu, sigma**2)`` cut to [a, b].
 
-    Neklyudov et al. 2017, equation 11: a ratio of masses of two Normals, taken in the log. All arguments
+    Neklyudov et al. 2017: a ratio of masses of two Normals, taken in the log. All arguments
     broadcast; the result is elementwise, computed in float64. Raises ``ValueError`` unless order > 0.
     """
     if not order > 0:
         raise ValueError(f"order must be positive, not {order}.")
-    mean, deviation, a, b, dtype = _in_float64(mu, sigma, a, b)
+    mean, deviation, left, right, dtype = _in_float64(mu, sigma, a, b)
     step = order * deviation
-    lo, hi, step, width, a, b = torch.broadcast_tensors(
-        (a - mean) / deviation, (b - mean) / deviation, step, (b - a) / deviation, a, b
+    lo, hi, step, width, left, right = torch.broadcast_tensors(
+        (left - mean) / deviation, (right - mean) / deviation, step, (right - left) / deviation, left, right
     )
     # Three cases: mu above b; mu and mu + order sigma**2 below a; all others, where no tail is long.
     above = hi <= 0
@@ -576,7 +561,7 @@ def truncated_log_normal_moment(
     x = torch.where(tail, torch.where(above, -hi, lo), one)
     shifted = torch.where(tail, torch.where(above, step - hi, lo - step), one)
     masses = _tail_mass(shifted, width)[0].log() - _tail_mass(x, width)[0].log()
-    from_end = order * torch.where(above, b, a) + masses
+    from_end = order * torch.where(above, right, left) + masses
     lo, hi = torch.where(tail, -one, lo), torch.where(tail, one, hi)
     masses = log_normal_cdf_difference(lo - step, hi - step) - log_normal_cdf_difference(lo, hi)
     from_mean = order * mean + 0.5 * step.square() + masses
@@ -590,27 +575,32 @@ def truncated_normal_icdf(u: Tensor, mu: Tensor, sigma: Tensor, a: Tensor | floa
     steps on the log of the mass beyond the quantile; the last two are differentiated, which makes the
     first two derivatives exact.
     """
-    mean, deviation, a, b, dtype = _in_float64(mu, sigma, a, b)
-    u, lo, hi, width, a, b = torch.broadcast_tensors(
-        u.to(torch.float64), (a - mean) / deviation, (b - mean) / deviation, (b - a) / deviation, a, b
+    mean, deviation, left, right, dtype = _in_float64(mu, sigma, a, b)
+    u, lo, hi, width, left, right = torch.broadcast_tensors(
+        u.to(torch.float64),
+        (left - mean) / deviation,
+        (right - mean) / deviation,
+        (right - left) / deviation,
+        left,
+        right,
     )
     central = (lo < 0) & (hi > 0)
     above = hi <= 0
     x = _near_end(lo, hi, central)
     # The share of the mass that lies farther out than the quantile.
-    share = torch.where(above, u, 1.0 - u).clamp(min=1e-300)
-    far = _mills(x, 0) - (1.0 - share) * _tail_mass(x, width)[0]
+    share = torch.where(above, u, 1.0 - u).clamp(min=_SMALLEST_SHARE)
+    far = share * _mills(x, 0) + (1.0 - share) * _tail_mass(x, width)[1] * _mills(x + width, 0)
     z = _tail_quantile(x, far.log(), width)
-    end = torch.where(above, b - deviation * z, a + deviation * z)
+    end = torch.where(above, right - deviation * z, left + deviation * z)
     _, lo, hi = _central_mass(lo, hi, central)
     below = _mix(u, torch.special.erfc(-SQRT_HALF * lo), torch.special.erfc(-SQRT_HALF * hi))
     beyond = _mix(u, torch.special.erfc(SQRT_HALF * lo), torch.special.erfc(SQRT_HALF * hi))
-    left = below < beyond
-    quantile = torch.special.ndtri(torch.where(left, below, beyond).clamp(min=1e-300))
-    middle = mean + deviation * torch.where(left, quantile, -quantile)
+    lower = below < beyond
+    quantile = torch.special.ndtri(torch.where(lower, below, beyond).clamp(min=_SMALLEST_SHARE))
+    middle = mean + deviation * torch.where(lower, quantile, -quantile)
     out = torch.where(central, middle, end)
     # Rounding may step over an end; that must not stop the gradient.
-    return (out + (torch.minimum(torch.maximum(out, a), b) - out).detach()).to(dtype)
+    return (out + (out.clamp(left, right) - out).detach()).to(dtype)
 
 
 def _mix(u: Tensor, first: Tensor, last: Tensor) -> Tensor:
