@@ -1,5 +1,7 @@
 """Sparse variational dropout for Pyro: priors, guides, pruning and export of Bayesian networks."""
 
+from importlib import import_module
+
 from pyro_vdo import kl as _kl  # noqa: F401  registers the divergences
 from pyro_vdo import rules_conv as _rules_conv  # noqa: F401  registers rules
 from pyro_vdo import rules_embedding as _rules_embedding  # noqa: F401  registers rules
@@ -15,6 +17,14 @@ from pyro_vdo.weights import GaussianWeight, ReuseError, ReuseWarning, register_
 
 __version__ = "0.1.0"
 
+# ArviZ and matplotlib take seconds to import and touch the user's settings: they wait until they are asked for.
+_LAZY = {
+    "diagnostics": "pyro_vdo.diagnostics",
+    "from_pyro_svi": "pyro_vdo.io_arviz",
+    "plots": "pyro_vdo.plots",
+    "summary": "pyro_vdo.weight_table",
+}
+
 __all__ = [
     "AutoFactorizedNormal",
     "EmpiricalBayesNormal",
@@ -25,16 +35,27 @@ __all__ = [
     "ReuseError",
     "ReuseWarning",
     "SparsityTable",
+    "diagnostics",
     "dropout_rate",
+    "from_pyro_svi",
     "init_to_pretrained",
     "local_reparameterization",
     "log_alpha",
     "masks",
+    "plots",
     "register_rule",
     "sample_linear",
     "sample_normal",
     "scale_kl",
     "signal_to_noise",
     "sparsity",
+    "summary",
     "to_bayesian",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    return module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)

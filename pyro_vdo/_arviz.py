@@ -73,7 +73,7 @@ def interval(prob: float | None = None, kind: str | None = None) -> Interval:
     :raises ValueError: for a probability outside of (0, 1) or an unknown kind.
     """
     if prob is None:
-        prob = _base.rcParams["stats.ci_prob" if IS_TREE else "stats.hdi_prob"]
+        prob = _base.rcParams["stats.ci_prob"]
     if kind is None:
         kind = _base.rcParams["stats.ci_kind"] if IS_TREE else "hdi"
     if not 0 < prob < 1:

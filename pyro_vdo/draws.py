@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.infer.autoguide import AutoGuideList
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
-from pyro_vdo.weights import Undrawn
+from pyro_vdo.weights import PrunedDraw, Undrawn
 
 _PLATE = "_pyro_vdo_draws"
 
@@ -104,12 +105,34 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteParameters:
-    """Variational parameters of one site whose guide is a Normal, up to a transform to the support of the site."""
+    """The guide's distribution of one site, elementwise: ``transform`` (None for the identity) of ``law``."""
 
-    loc: Tensor
-    scale: Tensor
-    log_alpha: Tensor | None  # None for constrained sites
-    transform: Any = None  # from the Normal's space to the site's; None for real-valued sites
+    law: Any  # a Normal, or a distribution on the support of the site
+    log_alpha: Tensor | None  # None where it has no meaning (constrained sites)
+    transform: Any = None
+
+    @property
+    def loc(self) -> Tensor:
+        """Location of ``law``."""
+        return self.law.loc.detach()  # type: ignore[no-any-return]
+
+    @property
+    def scale(self) -> Tensor:
+        """Scale of ``law``."""
+        return self.law.scale.detach()  # type: ignore[no-any-return]
+
+    @property
+    def pruned(self) -> Tensor | None:
+        """True for the elements that are 0 for good; None if there are none."""
+        kept = getattr(self.law, "kept", None)
+        return None if kept is None else ~kept
+
+    def kept(self, threshold: float) -> Tensor | None:
+        """True for the weights with log alpha < threshold that are not pruned; None where that has no meaning."""
+        if self.log_alpha is None:
+            return None
+        kept = self.log_alpha < threshold
+        return kept if self.pruned is None else kept & ~self.pruned
 
 
 @dataclass
@@ -155,8 +178,7 @@ class Sampler:
                 name
                 for name, site in model_trace.nodes.items()
                 if isinstance(_unwrapped(site.get("fn")), (LogUniform, EmpiricalBayesNormal))
-                and name in self.parameters
-                and self.parameters[name].transform is None
+                and isinstance(getattr(self.parameters.get(name), "law", None), Normal)
             ]
             self.vectorized = self._can_vectorize() if vectorize is None else vectorize
 
@@ -192,7 +214,7 @@ class Sampler:
                 warnings.simplefilter("ignore")
                 guide_trace, model_trace = self._pass(2)
                 together = self._collect(guide_trace, model_trace, 2, {})
-                values = {n: self._drawn(guide_trace.nodes[n]["value"], self.sites[n], 2)[1] for n in self._latent()}
+                values = {n: self._second(guide_trace.nodes[n]["value"], self.sites[n]) for n in self._latent()}
                 alone = self._collect(guide_trace, self._run(self.model, None, _Insert(values)), None, {})
         except (RuntimeError, ValueError, IndexError, AssertionError, NotImplementedError, TypeError):
             # The model is not written for batches of draws; if it is wrong in itself, the single draws will say so.
@@ -201,29 +223,21 @@ class Sampler:
         pairs.append((together.log_p[1], alone.log_p[0]))
         return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
 
+    def _second(self, value: Tensor, site: Site) -> Tensor:
+        """The second of two draws, as a single one."""
+        single = self._drawn(value, site, 2)[1]
+        return PrunedDraw.of(single, self._drawn(value.kept, site, 2)[1]) if isinstance(value, PrunedDraw) else single
+
     def _latent(self) -> list[str]:
         return [name for name, site in self.sites.items() if site.kind == "latent"]
 
     # ----------------------------------------------------------------- draws
 
-    def draw(self, count: int, *, values: bool = True, predict: bool = True) -> Batch:
-        """``count`` joint draws."""
-        wanted = {
-            name: site
-            for name, site in self.sites.items()
-            if (values if site.kind in ("latent", "deterministic") else predict)
-        }
+    def draw(self, count: int, *, predict: bool = True) -> Batch:
+        """``count`` joint draws, or one where the model takes no batches of draws (not :attr:`vectorized`)."""
+        wanted = {n: site for n, site in self.sites.items() if predict or site.kind in ("latent", "deterministic")}
         with torch.no_grad():
-            if self.vectorized:
-                return self._one(count, wanted)
-            batches = [self._one(None, wanted) for _ in range(count)]
-        return Batch(
-            {name: torch.cat([b.values[name] for b in batches]) for name in wanted},
-            {n: torch.cat([b.log_likelihood[n] for b in batches]) for n in batches[0].log_likelihood},
-            torch.cat([b.log_p for b in batches]),
-            torch.cat([b.log_q for b in batches]),
-            torch.cat([b.proper for b in batches]),
-        )
+            return self._one(count if self.vectorized else None, wanted)
 
     def _one(self, size: int | None, wanted: Mapping[str, Site]) -> Batch:
         guide_trace, model_trace = self._pass(size)
@@ -295,8 +309,11 @@ class Sampler:
             site, q = self.sites[name], self.parameters[name]
             value = self._drawn(model_trace.nodes[name]["value"], site, size)
             proper = Normal(0.0, (q.loc.square() + q.scale.square()).sqrt().expand(site.shape), validate_args=False)
+            instead = proper.log_prob(value.as_subclass(Tensor))
+            if q.pruned is not None:
+                instead = instead.masked_fill(q.pruned, 0.0)
             log_p = self._sum(model_trace.nodes[name]["log_prob"], size)
-            total = total + (proper.log_prob(value).flatten(1).double().sum(1) - log_p).to(total)
+            total = total + (instead.flatten(1).double().sum(1) - log_p).to(total)
         return total
 
 
@@ -333,7 +350,9 @@ def _site(name: str, node: Any, kind: str) -> Site:
     frames = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
     batch_shape = (1,) * (max((-d for d in frames), default=0) - len(batch_shape)) + batch_shape
     plates = {len(batch_shape) + dim: plate for dim, plate in frames.items()}
-    event = tuple(node["infer"].get("event_dims", ()) or getattr(node["fn"], "dim_names", ()))
+    event = tuple(node["infer"].get("event_dims", ())) or tuple(
+        f"{name}_{dim}" for dim in getattr(node["fn"], "dim_names", ())
+    )
     return Site(
         name,
         kind,
@@ -359,27 +378,49 @@ def _nesting(*traces: Any) -> int:
 
 
 def site_parameters(guide: Any, guide_trace: Any, model_trace: Any) -> dict[str, SiteParameters]:
-    """Loc and scale of every site that the guide draws from a Normal, or from a transformed one as AutoNormal does."""
-    own = guide.posteriors() if hasattr(guide, "posteriors") else {}
+    """What the guide draws each site from, where that is a Normal, a function of one, or a family of this package."""
+    own = own_parameters(guide)
     result = {}
     for name, node in model_trace.nodes.items():
         if node["type"] != "sample" or node["is_observed"] or name not in guide_trace.nodes:
             continue
         if name in own:
-            result[name] = SiteParameters(own[name].loc, own[name].scale, own[name].log_alpha)
+            result[name] = own[name]
             continue
         transform = None
         drawn = guide_trace.nodes[name]
-        if name + "_unconstrained" in guide_trace.nodes:
+        if name + "_unconstrained" in guide_trace.nodes:  # AutoNormal and its like
             drawn = guide_trace.nodes[name + "_unconstrained"]
             transform = _transform(node["fn"].support)
         fn = _unwrapped(drawn["fn"])
         if transform is None and isinstance(fn, TransformedDistribution):
             transform, fn = ComposeTransform(list(fn.transforms)), _unwrapped(fn.base_dist)
         if isinstance(fn, Normal):
-            loc, scale = fn.loc.detach(), fn.scale.detach()
-            log_alpha = 2 * (scale.log() - loc.abs().log()) if transform is None else None
-            result[name] = SiteParameters(loc, scale, log_alpha, transform)
+            result[name] = normal_parameters(fn, transform)
+    return result
+
+
+def normal_parameters(law: Normal, transform: Any = None) -> SiteParameters:
+    """The parameters of a site that is Normal, or a function of one."""
+    if transform is not None:
+        return SiteParameters(law, None, transform)
+    known = getattr(law, "log_alpha", None)
+    return SiteParameters(law, (2 * (law.scale.log() - law.loc.abs().log()) if known is None else known).detach())
+
+
+def own_parameters(guide: Any) -> dict[str, SiteParameters]:
+    """The same for guides of this package that have been set up, which need not run for it; none for others."""
+    if isinstance(guide, AutoGuideList):
+        return {name: q for part in guide for name, q in own_parameters(part).items()}
+    if not hasattr(guide, "site_posterior"):
+        return {}
+    result = {}
+    for name in guide.site_names():
+        law, support = guide.site_posterior(name), guide.prototype_trace.nodes[name]["fn"].support
+        if isinstance(law, Normal):
+            result[name] = normal_parameters(law, _transform(support))
+        else:
+            result[name] = SiteParameters(law.drawn(), getattr(law, "log_alpha", None))
     return result
 
 
