@@ -6,13 +6,27 @@ from pyro_vdo import kl as _kl  # noqa: F401  registers the divergences
 from pyro_vdo import rules_conv as _rules_conv  # noqa: F401  registers rules
 from pyro_vdo import rules_embedding as _rules_embedding  # noqa: F401  registers rules
 from pyro_vdo import rules_views as _rules_views  # noqa: F401  registers rules
-from pyro_vdo.guides import AutoFactorizedNormal, init_to_pretrained
+from pyro_vdo.dropout import BinaryDropout, GaussianDropout, alpha_of_rate, fast_dropout, rate_of_alpha
+from pyro_vdo.gaussian_dropout import AutoGaussianDropout
+from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, init_to_pretrained, register_posterior
 from pyro_vdo.handlers import local_reparameterization, scale_kl
 from pyro_vdo.local_reparam import sample_linear, sample_normal
 from pyro_vdo.modules import to_bayesian
+from pyro_vdo.multiplicative import GaussianDropoutNormal
+from pyro_vdo.noise import UndrawnNoise, scale_units
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, ImproperPriorError, LogUniform
 from pyro_vdo.relevance import SparsityTable, dropout_rate, log_alpha, masks, signal_to_noise, sparsity
+from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
+from pyro_vdo.units import (
+    UnitNoise,
+    add_unit_noise,
+    fold_unit_noise,
+    unit_masks,
+    unit_posteriors,
+    unit_scales,
+    unit_signal_to_noise,
+)
 from pyro_vdo.weights import GaussianWeight, ReuseError, ReuseWarning, register_rule
 
 __version__ = "0.1.0"
@@ -27,30 +41,50 @@ _LAZY = {
 
 __all__ = [
     "AutoFactorizedNormal",
+    "AutoGaussianDropout",
+    "BinaryDropout",
     "EmpiricalBayesNormal",
     "FactorizedNormal",
+    "GaussianDropout",
+    "GaussianDropoutNormal",
     "GaussianWeight",
     "ImproperPriorError",
     "LogUniform",
     "ReuseError",
     "ReuseWarning",
+    "SitePosterior",
     "SparsityTable",
+    "TruncatedLogNormal",
+    "TruncatedLogUniform",
+    "UndrawnNoise",
+    "UnitNoise",
+    "add_unit_noise",
+    "alpha_of_rate",
     "diagnostics",
     "dropout_rate",
+    "fast_dropout",
+    "fold_unit_noise",
     "from_pyro_svi",
     "init_to_pretrained",
     "local_reparameterization",
     "log_alpha",
     "masks",
     "plots",
+    "rate_of_alpha",
+    "register_posterior",
     "register_rule",
     "sample_linear",
     "sample_normal",
     "scale_kl",
+    "scale_units",
     "signal_to_noise",
     "sparsity",
     "summary",
     "to_bayesian",
+    "unit_masks",
+    "unit_posteriors",
+    "unit_scales",
+    "unit_signal_to_noise",
 ]
 
 

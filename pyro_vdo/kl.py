@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal, register_kl
 
+from pyro_vdo.groups import group_mean
+from pyro_vdo.multiplicative import GaussianDropoutNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
-from pyro_vdo.special import normal_log_uniform_kl
+from pyro_vdo.special import normal_log_uniform_kl, truncated_log_normal_kl
+from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
 
 
 def log_alpha(loc: Tensor, scale: Tensor) -> Tensor:
@@ -44,6 +49,45 @@ _LOG_UNIFORM_KLS = {"exact": normal_log_uniform_kl, "molchanov": _molchanov, "ki
 
 @register_kl(Normal, EmpiricalBayesNormal)
 def _normal_empirical_bayes(q: Normal, p: EmpiricalBayesNormal) -> Tensor:
-    """log(1 + mu^2/sigma^2) / 2, elementwise (Kharitonov et al. 2018, eq. 7)."""
-    ratio = q.loc / q.scale
-    return 0.5 * torch.log1p(ratio * ratio)
+    """log(1 + mu^2/sigma^2) / 2, elementwise (Kharitonov et al. 2018, eq. 7).
+
+    Where weights share lambda^2 = mean E w^2 the elements are log lambda - log sigma; their sum over a group is its KL.
+    """
+    if p.group == "weight":
+        ratio = q.loc / q.scale
+        return 0.5 * torch.log1p(ratio * ratio)
+    log_scale = q.log_scale if isinstance(q, GaussianDropoutNormal) else q.scale.log()  # finite at theta = 0
+    second, ndim, kept = q.loc.square() + q.scale.square(), p.weight_dim(q.loc.dim()), getattr(q, "kept", None)
+    if kept is None:
+        return 0.5 * group_mean(second, p.group, ndim).log() - log_scale
+    share = group_mean(kept.to(second.dtype), p.group, ndim).clamp(min=1 / kept.numel())
+    second = (group_mean(second * kept, p.group, ndim) / share).clamp(min=torch.finfo(second.dtype).tiny)
+    return torch.where(kept, 0.5 * second.log() - log_scale, torch.zeros_like(second))
+
+
+@register_kl(GaussianDropoutNormal, LogUniform)
+def _dropout_log_uniform(q: GaussianDropoutNormal, p: LogUniform) -> Tensor:
+    """The same function of alpha alone: no gradient in theta, no 0/0 at theta = 0 (Kingma et al. 2015, section 3)."""
+    half = (0.5 * q.log_alpha).exp()
+    return _LOG_UNIFORM_KLS[p.kl](torch.ones_like(half), half)
+
+
+@register_kl(GaussianDropoutNormal, EmpiricalBayesNormal)
+def _dropout_empirical_bayes(q: GaussianDropoutNormal, p: EmpiricalBayesNormal) -> Tensor:
+    """log(1 + 1/alpha) / 2 with a lambda for each weight; theta counts where weights share lambda."""
+    if p.group == "weight":
+        return 0.5 * F.softplus(-q.log_alpha)
+    kl: Tensor = _normal_empirical_bayes(q, p)
+    return kl
+
+
+@register_kl(TruncatedLogNormal, TruncatedLogUniform)
+def _truncated_log_normal_log_uniform(q: TruncatedLogNormal, p: TruncatedLogUniform) -> Tensor:
+    """KL of structured pruning, elementwise (Neklyudov et al. 2017, eq. 10). See special.py.
+
+    The prior's interval may be wider than the posterior's; inf where the posterior leaves it.
+    """
+    kl = truncated_log_normal_kl(q.loc, q.scale, q.a, q.b)
+    if q.a < p.a or q.b > p.b:
+        return torch.full_like(kl, torch.inf)
+    return kl + math.log((p.b - p.a) / (q.b - q.a))

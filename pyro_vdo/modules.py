@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vdo import _compat
+from pyro_vdo.layout import weight_layout
+from pyro_vdo.units import UnitNoise
 from pyro_vdo.weights import DrawnWeight, Undrawn
 
 #: layers whose ``weight`` meets a function that has a rule
@@ -27,6 +29,7 @@ LAYERS: tuple[type[nn.Module], ...] = (
     nn.Embedding,
     nn.EmbeddingBag,
     nn.Bilinear,
+    UnitNoise,
 )
 _FLAT_WEIGHTS = (nn.RNNBase, nn.RNNCellBase)
 #: what the dimensions of ``weight`` are called in ArviZ, by layer
@@ -58,6 +61,8 @@ class WeightDeclaration:
         prior = _move(self.prior, pretrained)
         fn = prior.expand(pretrained.shape).to_event(pretrained.dim())  # type: ignore[attr-defined]
         fn.pretrained = pretrained
+        fn.is_unit_noise = isinstance(module, UnitNoise)
+        fn.layout = weight_layout(module, self.attribute)
         fn.dim_names = _dim_names(module, self.attribute, pretrained.dim())
         return fn
 

@@ -1,0 +1,255 @@
+"""Noise on units and channels: a layer, its insertion into a network, its relevance and its removal.
+
+Structured Bayesian pruning (Neklyudov, Molchanov, Ashukha, Vetrov 2017) is a :class:`UnitNoise` layer with the prior
+``TruncatedLogUniform``; variational dropout with correlated weight noise (Kingma, Salimans, Welling 2015, section 3.2)
+is the same layer with the prior ``LogUniform`` and the guide ``AutoGaussianDropout``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_vdo.guides import SitePosterior, base_prior, register_posterior
+from pyro_vdo.noise import scale_units
+from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
+from pyro_vdo.weights import ReusePolicy
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+#: layers in which noise can be inserted, and into which it can be folded
+LINEAR_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+# f(c x) = c f(x) for c >= 0, unit by unit
+_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+                nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+                nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
+                nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)  # fmt: skip
+_INPUT, _OUTPUT = "noise_in", "noise"
+
+
+class UnitNoise(nn.Module):
+    """Multiplies every unit or channel by its factor ``weight``, which ``to_bayesian`` turns into a latent site.
+
+    As an ordinary module it scales the units by its parameter ``weight``, which is 1 at first. As a latent site with an
+    undrawn posterior it draws a factor for each data point, in training; positions of a channel share it.
+
+    :param units: number of units or channels.
+    :param positions: number of dimensions to the right of the units: 0 for (*, units), 2 for images (*, units, H, W).
+    :raises ValueError: for fewer than one unit or negative ``positions``.
+    """
+
+    def __init__(self, units: int, positions: int = 0) -> None:
+        super().__init__()
+        if units < 1 or positions < 0:
+            raise ValueError(f"UnitNoise: needs units >= 1 and positions >= 0, not {units} and {positions}")
+        self.units, self.positions = units, positions
+        self.weight = nn.Parameter(torch.ones(units))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*data, units, *positions) -> the same shape."""
+        return scale_units(x, self.weight, self.positions)
+
+    def on_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Forward hook of the layer whose output is scaled."""
+        return self(output)  # type: ignore[no-any-return]
+
+    def on_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Forward pre-hook of the layer whose input is scaled."""
+        return (self(args[0]), *args[1:])
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``print(net)``."""
+        return f"{self.units}, positions={self.positions}"
+
+
+# --------------------------------------------------------------------------- insertion
+
+
+def add_unit_noise(
+    net: nn.Module,
+    where: Callable[[str, nn.Module], bool] | Iterable[str] | None = None,
+    *,
+    side: Literal["output", "input"] = "output",
+) -> nn.Module:
+    """A copy of ``net`` with a :class:`UnitNoise` child, named ``noise``, at its linear and convolutional layers.
+
+    The layers keep their place and their ``state_dict`` keys; ``noise.weight`` is added. Convert the result with
+    ``to_bayesian(net, {UnitNoise: TruncatedLogUniform()})``, or with a prior for the other weights as well.
+
+    :param net: any plain module.
+    :param where: which layers: a list of module names, or a predicate ``(name, module) -> bool``; by default all but
+        the last on the side of the outputs (these are the network's own), and all on the side of the inputs.
+    :param side: scale the outputs of a layer (its child is then ``noise``) or its inputs (``noise_in``).
+    :raises ValueError: for unknown names or sides, layers of another type, or if no layer is left.
+    """
+    if side not in ("output", "input"):
+        raise ValueError(f"add_unit_noise: side must be 'output' or 'input', not {side!r}")
+    noisy = copy.deepcopy(net)
+    layers = {name: module for name, module in noisy.named_modules() if isinstance(module, LINEAR_LAYERS)}
+    chosen = _choose(layers, where, side)
+    if not chosen:
+        raise ValueError(f"add_unit_noise: no layer to put noise on; the network has {sorted(layers)}")
+    for name in chosen:
+        layer: Any = layers[name]
+        linear, positions = isinstance(layer, nn.Linear), layer.weight.dim() - 2
+        if side == "output":
+            noise = UnitNoise(layer.out_features if linear else layer.out_channels, positions).to(layer.weight)
+            layer.add_module(_OUTPUT, noise)
+            layer.register_forward_hook(noise.on_output)
+        else:
+            noise = UnitNoise(layer.in_features if linear else layer.in_channels, positions).to(layer.weight)
+            layer.add_module(_INPUT, noise)
+            layer.register_forward_pre_hook(noise.on_input)
+    return noisy
+
+
+def _choose(layers: Mapping[str, nn.Module], where: Any, side: str) -> list[str]:
+    if where is None:
+        return list(layers)[: -1 if side == "output" else None]
+    if callable(where):
+        return [name for name, module in layers.items() if where(name, module)]
+    names = [where] if isinstance(where, str) else list(where)
+    unknown = [name for name in names if name not in layers]
+    if unknown:
+        raise ValueError(f"add_unit_noise: where names {unknown}; the layers that can have noise are {sorted(layers)}")
+    return names
+
+
+# --------------------------------------------------------------------------- posterior and relevance
+
+
+@register_posterior(TruncatedLogUniform)
+class TruncatedLogNormalPosterior(SitePosterior):
+    """``loc`` and ``log_scale`` of log theta before the cut to [a, b]; for ``TruncatedLogUniform`` priors."""
+
+    @classmethod
+    def initial(cls, value: Tensor, prior: Any) -> Tensor:
+        """log theta, inside of [a, b]."""
+        inner = base_prior(prior)
+        return value.log().clamp(inner.a, inner.b)
+
+    def posterior(self, read: Callable[[str], Any], prior: Any, name: str, policy: ReusePolicy | None) -> Any:
+        """A :class:`TruncatedLogNormal` on the prior's interval, undrawn."""
+        loc, scale = read("loc"), read("log_scale").exp()
+        return TruncatedLogNormal(
+            loc, scale, prior.a, prior.b, undrawn=True, name=name, policy=policy, validate_args=False
+        )
+
+
+@torch.no_grad()
+def unit_posteriors(guide: Any) -> dict[str, TruncatedLogNormal]:
+    """The posterior of the noise on units by site, detached; sites with a ``TruncatedLogUniform`` prior.
+
+    :raises TypeError: for a guide of another package.
+    """
+    if not hasattr(guide, "site_posterior"):
+        raise TypeError(f"unit_posteriors needs a guide such as AutoFactorizedNormal, not {type(guide).__name__}")
+    found = {name: guide.site_posterior(name) for name in guide.site_names()}
+    return {name: q.drawn() for name, q in found.items() if isinstance(q, TruncatedLogNormal)}
+
+
+def unit_signal_to_noise(guide: Any) -> dict[str, Tensor]:
+    """E theta / sqrt(Var theta) of every unit, by site (Neklyudov et al. 2017, section 4.3)."""
+    return {name: q.snr for name, q in unit_posteriors(guide).items()}
+
+
+def unit_masks(guide: Any, threshold: float = 1.0) -> dict[str, Tensor]:
+    """True for the units to keep, those with a signal-to-noise ratio >= ``threshold``, by site."""
+    return {name: snr >= threshold for name, snr in unit_signal_to_noise(guide).items()}
+
+
+def unit_scales(guide: Any, threshold: float = 1.0) -> dict[str, Tensor]:
+    """What multiplies each unit in the deterministic network: E theta, or 0 if its ratio is below ``threshold``."""
+    posteriors = unit_posteriors(guide)
+    return {name: q.mean * (q.snr >= threshold) for name, q in posteriors.items()}
+
+
+# --------------------------------------------------------------------------- removal
+
+
+def fold_unit_noise(net: nn.Module) -> nn.Module:
+    """A copy of a plain ``net`` whose ``UnitNoise`` layers are multiplied into the weights next to them.
+
+    Exact: the copy computes the same function. Noise inserted by :func:`add_unit_noise` is always folded; a layer in a
+    ``Sequential`` is folded into the linear, convolutional or batch normalisation layer before it (activations that are
+    positively homogeneous and poolings may lie between) or into the linear layer right after it, and becomes an
+    ``Identity``. Where neither is there, it stays.
+    """
+    folded = copy.deepcopy(net)
+    for layer in list(folded.modules()):
+        _fold_children(layer)
+    for parent in list(folded.modules()):
+        if isinstance(parent, nn.Sequential):
+            _fold_sequential(parent)
+    return folded
+
+
+def _fold_children(layer: nn.Module) -> None:
+    for name, hooks, fold in [
+        (_OUTPUT, layer._forward_hooks, scale_outputs),
+        (_INPUT, layer._forward_pre_hooks, scale_inputs),
+    ]:
+        noise = layer._modules.get(name)
+        if isinstance(noise, UnitNoise):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is noise]:
+                del hooks[key]
+            del layer._modules[name]
+            fold(layer, noise.weight.detach())
+
+
+def _fold_sequential(parent: nn.Sequential) -> None:
+    layers = list(parent)
+    for at, noise in enumerate(layers):
+        if not isinstance(noise, UnitNoise):
+            continue
+        scale = noise.weight.detach()
+        passed = _HOMOGENEOUS if bool((scale >= 0).all()) else (nn.Identity,)
+        before = next((layer for layer in reversed(layers[:at]) if not isinstance(layer, passed)), None)
+        after = next((layer for layer in layers[at + 1 :] if not isinstance(layer, nn.Identity)), None)
+        if _has_units(before, noise, "out"):
+            scale_outputs(before, scale)  # type: ignore[arg-type]
+        elif isinstance(after, LINEAR_LAYERS) and _has_units(after, noise, "in"):
+            scale_inputs(after, scale)
+        else:
+            continue
+        parent[at] = layers[at] = nn.Identity()
+
+
+def _has_units(layer: nn.Module | None, noise: UnitNoise, side: str) -> bool:
+    """True if ``layer`` has the units of ``noise`` on its ``side``, in the same place."""
+    if isinstance(layer, _BatchNorm):
+        return side == "out" and layer.affine and layer.num_features == noise.units
+    if not isinstance(layer, LINEAR_LAYERS):
+        return False
+    counts = [getattr(layer, f"{side}_{what}", None) for what in ("features", "channels")]
+    return noise.units in counts and noise.positions == layer.weight.dim() - 2  # type: ignore[operator]
+
+
+@torch.no_grad()
+def scale_outputs(layer: nn.Module, scale: Tensor) -> None:
+    """Multiply the outputs of a linear, convolutional or batch normalisation layer by ``scale``, in place."""
+    weight: Any = layer.weight
+    if isinstance(layer, _TRANSPOSED):  # (in, out / groups, *kernel)
+        table = scale.reshape(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)
+        weight.mul_(table.reshape(*table.shape, *(1,) * (weight.dim() - 2)))
+    else:
+        weight.mul_(scale.reshape(-1, *(1,) * (weight.dim() - 1)))
+    if layer.bias is not None:
+        layer.bias.mul_(scale)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def scale_inputs(layer: nn.Module, scale: Tensor) -> None:
+    """Multiply the inputs of a linear or convolutional layer by ``scale``, in place in its weight."""
+    weight: Any = layer.weight
+    if isinstance(layer, _TRANSPOSED):
+        weight.mul_(scale.reshape(-1, *(1,) * (weight.dim() - 1)))
+    else:  # (out, in / groups, *kernel)
+        groups = getattr(layer, "groups", 1)
+        table = scale.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+        weight.mul_(table.reshape(*table.shape, *(1,) * (weight.dim() - 2)))
