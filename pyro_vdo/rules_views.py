@@ -119,8 +119,8 @@ def scaling(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     loc = func(weight.loc, factor) if weight is a else func(factor, weight.loc)
     if loc.shape != weight.shape or not loc.is_floating_point():
         return NotImplemented
-    positive = factor.abs() if isinstance(factor, Tensor) else abs(factor)
-    return weight.derived(loc, func(weight.scale, positive), lambda w: func(w, factor), event_dim=weight.event_dim)
+    scale = func(weight.scale, factor).abs()
+    return weight.derived(loc, scale, lambda w: func(w, factor), event_dim=weight.event_dim)
 
 
 @register_rule(torch.neg, Tensor.neg, Tensor.__neg__, torch.negative, Tensor.negative)
