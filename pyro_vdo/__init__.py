@@ -6,18 +6,26 @@ from pyro_vdo import kl as _kl  # noqa: F401  registers the divergences
 from pyro_vdo import rules_conv as _rules_conv  # noqa: F401  registers rules
 from pyro_vdo import rules_embedding as _rules_embedding  # noqa: F401  registers rules
 from pyro_vdo import rules_views as _rules_views  # noqa: F401  registers rules
+from pyro_vdo.batches import TensorBatches
+from pyro_vdo.checkpoint import CheckpointError, read_checkpoint
 from pyro_vdo.dropout import BinaryDropout, GaussianDropout, alpha_of_rate, fast_dropout, rate_of_alpha
 from pyro_vdo.gaussian_dropout import AutoGaussianDropout
 from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, init_to_pretrained, register_posterior
 from pyro_vdo.handlers import local_reparameterization, scale_kl
+from pyro_vdo.history import EarlyStop, History
 from pyro_vdo.local_reparam import sample_linear, sample_normal
 from pyro_vdo.modules import to_bayesian
 from pyro_vdo.multiplicative import GaussianDropoutNormal
 from pyro_vdo.noise import UndrawnNoise, scale_units
+from pyro_vdo.objective import NumericalError
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, ImproperPriorError, LogUniform
 from pyro_vdo.relevance import SparsityTable, dropout_rate, log_alpha, masks, signal_to_noise, sparsity
+from pyro_vdo.run import Run
+from pyro_vdo.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
+from pyro_vdo.scale_mixtures import Horseshoe, ScaleMixtureNormal
 from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
+from pyro_vdo.training import fit
 from pyro_vdo.units import (
     UnitNoise,
     add_unit_noise,
@@ -43,34 +51,48 @@ __all__ = [
     "AutoFactorizedNormal",
     "AutoGaussianDropout",
     "BinaryDropout",
+    "CheckpointError",
+    "EarlyStop",
     "EmpiricalBayesNormal",
     "FactorizedNormal",
     "GaussianDropout",
     "GaussianDropoutNormal",
     "GaussianWeight",
+    "History",
+    "Horseshoe",
     "ImproperPriorError",
     "LogUniform",
+    "NumericalError",
     "ReuseError",
     "ReuseWarning",
+    "Run",
+    "ScaleMixtureNormal",
     "SitePosterior",
     "SparsityTable",
+    "TensorBatches",
     "TruncatedLogNormal",
     "TruncatedLogUniform",
     "UndrawnNoise",
     "UnitNoise",
     "add_unit_noise",
     "alpha_of_rate",
+    "cosine_decay",
     "diagnostics",
     "dropout_rate",
     "fast_dropout",
+    "fit",
     "fold_unit_noise",
     "from_pyro_svi",
     "init_to_pretrained",
+    "kl_warmup",
+    "linear_decay",
     "local_reparameterization",
     "log_alpha",
     "masks",
+    "piecewise_linear",
     "plots",
     "rate_of_alpha",
+    "read_checkpoint",
     "register_posterior",
     "register_rule",
     "sample_linear",

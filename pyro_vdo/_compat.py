@@ -64,6 +64,21 @@ def _param_message(value: Tensor) -> Tensor:
     return value
 
 
+def forget_parameters(owned: set[int], before: set[str]) -> None:
+    """Take the parameters with an ``id`` in ``owned`` out of Pyro's store, where their name is not in ``before``."""
+    store = pyro.get_param_store()
+    for name in [name for name, param in store.named_parameters() if id(param) in owned and name not in before]:
+        param = store._params.pop(name)
+        store._constraints.pop(name, None)
+        if store._param_to_name.get(param) in (name, None):
+            store._param_to_name.pop(param, None)
+
+
+def is_compiled(loss: Any) -> bool:
+    """True for the ELBOs of Pyro that trace their first step and repeat it."""
+    return isinstance(loss, _JIT_ELBOS)
+
+
 # --------------------------------------------------------------------------- modules
 
 
@@ -112,6 +127,12 @@ def shared_context_fields(module: PyroModule) -> tuple[str, ...]:
 
 # --------------------------------------------------------------------------- densities
 
+_JIT_ELBOS = (
+    pyro.infer.JitTrace_ELBO,
+    pyro.infer.JitTraceEnum_ELBO,
+    pyro.infer.JitTraceGraph_ELBO,
+    pyro.infer.JitTraceMeanField_ELBO,
+)
 _NORMAL_LOG_PROB = torch.distributions.Normal.log_prob.__code__
 # These return what their base distribution returns, summed, masked or reshaped: an expectation passes through.
 _LINEAR_DENSITIES = frozenset(

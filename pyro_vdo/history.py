@@ -1,0 +1,50 @@
+"""What a run remembers of its epochs, and when it should stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+
+
+class History(list[dict[str, Any]]):
+    """One dict for each epoch; ``to_frame`` makes a pandas frame of them."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """A frame with a row for each epoch, indexed by its number."""
+        frame = pd.DataFrame(list(self))
+        return frame.set_index("epoch") if len(frame) else frame
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Stop when a column of the history has not improved for some epochs.
+
+    :param monitor: the column, such as ``"val_error"``.
+    :param patience: epochs without improvement after which the run stops.
+    :param min_delta: what counts as an improvement.
+    :param mode: ``"min"`` or ``"max"``.
+    :param restore_best: end with the parameters of the best epoch.
+    :raises ValueError: for an unknown mode or a patience below 1.
+    """
+
+    monitor: str
+    patience: int = 10
+    min_delta: float = 0.0
+    mode: Literal["min", "max"] = "min"
+    restore_best: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"EarlyStop: mode must be 'min' or 'max', not {self.mode!r}")
+        if self.patience < 1:
+            raise ValueError(f"EarlyStop: patience must be at least 1, not {self.patience}")
+
+    def better(self, value: float, best: float | None) -> bool:
+        """True if ``value`` improves on ``best``."""
+        if value != value:
+            return False
+        if best is None:
+            return True
+        return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta

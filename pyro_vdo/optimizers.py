@@ -1,0 +1,183 @@
+"""One face for torch optimizers over all parameters at once and Pyro's optimizers, one for each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch import Tensor
+
+from pyro_vdo.checkpoint import CheckpointError
+
+Options = Callable[[str], Mapping[str, Any]]
+
+
+def make_optimizer(optim: Any, lr: float | None, options: Options | None) -> TorchOptimizer | PyroOptimizer:
+    """Wrap what a user gives as an optimizer.
+
+    :param optim: None (Adam, fused where torch has it), a torch optimizer class or any function from parameters to a
+        torch optimizer, or a Pyro optimizer.
+    :param lr: learning rate for a class; for None 1e-3 by default.
+    :param options: parameter name -> options of its own, such as ``{"lr": 1e-4}``.
+    :raises TypeError: for anything else, such as a torch optimizer that already has parameters.
+    """
+    if isinstance(optim, PyroOptim):
+        if lr is not None or options is not None:
+            raise TypeError("fit: a Pyro optimizer has its own learning rate; leave out lr and param_options")
+        return PyroOptimizer(optim)
+    if isinstance(optim, torch.optim.Optimizer):
+        raise TypeError(
+            f"fit: optim is a {type(optim).__name__} that has parameters already; fit collects them itself. Give the "
+            f"class, optim=torch.optim.{type(optim).__name__}, or a function from parameters to an optimizer."
+        )
+    if optim is None:
+        return TorchOptimizer(partial(_adam, lr=1e-3 if lr is None else lr), options)
+    if not callable(optim):
+        raise TypeError(f"fit: optim must be an optimizer class, a function or a Pyro optimizer, not {optim!r}")
+    return TorchOptimizer(optim if lr is None else partial(optim, lr=lr), options)
+
+
+def _adam(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    params = [param for group in groups for param in group["params"]]
+    fused = all(param.is_floating_point() and param.device.type in ("cpu", "cuda") for param in params)
+    return torch.optim.Adam(groups, lr=lr, fused=fused)
+
+
+class TorchOptimizer:
+    """One torch optimizer over all parameters."""
+
+    def __init__(self, factory: Callable[..., torch.optim.Optimizer], options: Options | None) -> None:
+        self.name = getattr(getattr(factory, "func", factory), "__name__", type(factory).__name__)
+        self._factory = factory
+        self._options = options
+        self._known: set[Tensor] = set()
+        self._base: list[float] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def prepare(self, params: Mapping[str, Tensor]) -> None:
+        """Take in the parameters that are new."""
+        new = {name: param for name, param in params.items() if param not in self._known}
+        if not new:
+            return
+        groups: list[dict[str, Any]] = []
+        for name, param in new.items():
+            own = dict(self._options(name)) if self._options is not None else {}
+            group = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == own), None)
+            if group is None:
+                groups.append(group := {"params": [], **own})
+            group["params"].append(param)
+        if self.optimizer is None:
+            self.optimizer = self._factory(groups)
+        else:
+            for group in groups:
+                self.optimizer.add_param_group(group)
+        self._known.update(new.values())
+        self._base.extend(float(group["lr"]) for group in self.optimizer.param_groups[len(self._base) :])
+
+    def step(self, params: Iterable[Tensor]) -> None:
+        """One step with the gradients that are there."""
+        assert self.optimizer is not None
+        self.optimizer.step()
+
+    def set_factor(self, factor: float) -> None:
+        """Multiply the initial learning rates by ``factor``."""
+        if self.optimizer is not None:
+            for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
+                group["lr"] = base * factor
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter."""
+        return float("nan") if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
+
+    def end_epoch(self) -> None:
+        """Nothing to do for a torch optimizer."""
+
+    def state(self, params: Mapping[str, Tensor]) -> Any:
+        """The state of the optimizer, with its initial learning rates."""
+        return {"state": {} if self.optimizer is None else self.optimizer.state_dict(), "base": self._base}
+
+    def load(self, params: Mapping[str, Tensor], state: Any) -> None:
+        """Set what :meth:`state` has read.
+
+        :raises CheckpointError: if the groups of parameters are others.
+        """
+        self.prepare(params)
+        assert self.optimizer is not None
+        try:
+            self.optimizer.load_state_dict(state["state"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"the state of the optimizer does not fit: {error}") from error
+        self._base = [float(value) for value in state["base"]]
+
+
+class PyroOptimizer:
+    """A Pyro optimizer: one torch optimizer for each parameter."""
+
+    def __init__(self, optim: PyroOptim) -> None:
+        self.name = getattr(optim.pt_optim_constructor, "__name__", type(optim).__name__)
+        self.optimizer = optim
+        self._base: dict[Tensor, float] = {}
+        self._factor = 1.0
+
+    def prepare(self, params: Mapping[str, Tensor]) -> None:
+        """Pyro's optimizers take in new parameters by themselves."""
+
+    def _each(self) -> Iterable[tuple[Tensor, torch.optim.Optimizer]]:
+        for param, each in self.optimizer.optim_objs.items():
+            yield param, getattr(each, "optimizer", each)
+
+    def step(self, params: Iterable[Tensor]) -> None:
+        """One step with the gradients that are there."""
+        params = list(params)
+        fresh = [param for param in params if param not in self.optimizer.optim_objs]
+        if fresh:  # Pyro would make them and step at once, at the rate that they are made with
+            self._make(fresh)
+        self.optimizer(params)
+
+    def _make(self, params: list[Tensor]) -> None:
+        gradients = [param.grad for param in params]
+        for param in params:
+            param.grad = None
+        self.optimizer(params)  # without gradients: makes the optimizers, changes nothing
+        for param, grad in zip(params, gradients, strict=True):
+            param.grad = grad
+        self.set_factor(self._factor)
+
+    def set_factor(self, factor: float) -> None:
+        """Multiply the initial learning rates by ``factor``."""
+        self._factor = factor
+        if factor == 1.0 and not self._base:
+            return
+        for param, each in self._each():
+            for group in each.param_groups:
+                group["lr"] = self._base.setdefault(param, float(group["lr"])) * factor
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter."""
+        return next((float(each.param_groups[0]["lr"]) for _, each in self._each()), float("nan"))
+
+    def end_epoch(self) -> None:
+        """Advance Pyro's learning rate schedulers."""
+        if isinstance(self.optimizer, PyroLRScheduler):
+            self.optimizer.step()
+
+    def state(self, params: Mapping[str, Tensor]) -> Any:
+        """The states of the optimizers by parameter name, and the initial learning rates."""
+        states, store = self.optimizer.get_state(), pyro.get_param_store()
+        by_name = {name: states.get(store.param_name(param)) for name, param in params.items()}
+        return {"state": by_name, "base": {name: self._base.get(param) for name, param in params.items()}}
+
+    def load(self, params: Mapping[str, Tensor], state: Any) -> None:
+        """Set what :meth:`state` has read."""
+        store = pyro.get_param_store()
+        saved = {store.param_name(p): state["state"].get(name) for name, p in params.items()}
+        self.optimizer.set_state({name: value for name, value in saved.items() if value is not None})
+        bases = {param: state["base"].get(name) for name, param in params.items()}
+        self._base = {param: base for param, base in bases.items() if base is not None}

@@ -1,0 +1,263 @@
+"""What a run has to remember to be repeated bit by bit: random states, and the objects behind model, guide and data."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pyro_vdo.checkpoint import CheckpointError
+
+# --------------------------------------------------------------------------- random states
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the global random generators of torch (CPU and CUDA), numpy and Python."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set what :func:`random_state` has read."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(list(state["cuda"]))
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+def seeded_state(seed: int) -> dict[str, Any]:
+    """The random state that ``seed`` leads to; the global one stays as it is."""
+    with preserved_random_state():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return random_state()
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leave the global random state as it was found."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+class Turns:
+    """Lets runs in several threads take turns at Pyro and torch, whose handlers and random states are global.
+
+    A run with a seed has a random stream of its own, which is put in place at its turn.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._owner: object | None = None
+        self._states: dict[object | None, dict[str, Any]] = {}
+
+    @contextmanager
+    def __call__(self, owner: object | None) -> Iterator[None]:
+        with self._lock:
+            self._give(owner)
+            yield
+
+    def open(self, owner: object, seed: int) -> None:
+        """Give ``owner`` a stream of its own that starts at ``seed``."""
+        with self._lock:
+            self._states[owner] = seeded_state(seed)
+
+    def close(self, owner: object) -> None:
+        """Take the stream of ``owner`` away and put the global state back."""
+        with self._lock:
+            if self._owner is owner:
+                self._give(None)
+            self._states.pop(owner, None)
+
+    def _give(self, owner: object | None) -> None:
+        if self._owner is not owner:
+            self._states[self._owner] = random_state()
+            set_random_state(self._states.pop(owner))
+            self._owner = owner
+
+
+TURNS = Turns()
+
+# --------------------------------------------------------------------------- objects with a state
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_FOREIGN = ("torch", "pyro", "numpy", "builtins", "functools", "pyro_vdo")
+
+
+def find_objects(**roots: Any) -> dict[str, Any]:
+    """The modules and random generators that functions, closures and loaders refer to, under stable names.
+
+    :param roots: objects by name: model, guide, data.
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def visit(name: str, value: Any, depth: int) -> None:
+        if depth > 6 or id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, (nn.Module, *_GENERATORS)):
+            found[name] = value
+        for key, part in _parts(value):
+            visit(f"{name}.{key}", part, depth + 1)
+
+    for name, root in roots.items():
+        visit(name, root, 0)
+    return found
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What ``value`` refers to, where that may hold a state."""
+    if isinstance(value, functools.partial):
+        yield "func", value.func
+        yield from ((f"args[{at}]", arg) for at, arg in enumerate(value.args))
+        yield from value.keywords.items()
+    elif isinstance(value, MethodType):
+        yield "self", value.__self__
+        yield "func", value.__func__
+    elif isinstance(value, FunctionType):
+        if value.__module__.partition(".")[0] not in _FOREIGN or value.__closure__:
+            names = inspect.getclosurevars(value)
+            yield from {**names.globals, **names.nonlocals}.items()
+    elif isinstance(value, DataLoader):
+        yield "generator", value.generator
+        yield "sampler", value.sampler
+        yield "batch_sampler", value.batch_sampler
+    elif isinstance(value, dict):
+        yield from ((str(key), item) for key, item in value.items() if isinstance(item, (nn.Module, *_GENERATORS)))
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(at), item) for at, item in enumerate(value) if isinstance(item, (nn.Module, *_GENERATORS)))
+    elif not isinstance(value, (nn.Module, Tensor, type, *_GENERATORS)) and hasattr(value, "__dict__"):
+        own = type(value).__module__.partition(".")[0] not in ("torch", "pyro", "numpy", "pandas")
+        if (own or "ampler" in type(value).__name__) and not inspect.ismodule(value):
+            yield from vars(value).items()
+
+
+def generator_state(value: Any) -> Any:
+    """The state of a random generator of torch, numpy or Python."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    return value.get_state() if isinstance(value, np.random.RandomState) else value.getstate()
+
+
+def set_generator_state(value: Any, state: Any) -> None:
+    """Set what :func:`generator_state` has read."""
+    if isinstance(value, torch.Generator):
+        value.set_state(state)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = state
+    elif isinstance(value, np.random.RandomState):
+        value.set_state(state)
+    else:
+        value.setstate(state)
+
+
+class Objects:
+    """The objects behind a run, whose states go into its checkpoint.
+
+    :param extra: further objects by name with ``state_dict`` and ``load_state_dict``.
+    """
+
+    def __init__(self, model: Any, guide: Any, data: Any, extra: Mapping[str, Any]) -> None:
+        self._roots = {"model": model, "guide": guide, "data": data}
+        self.extra = dict(extra)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module that model, guide and data refer to."""
+        return {name: value for name, value in find_objects(**self._roots).items() if isinstance(value, nn.Module)}
+
+    def generators(self) -> dict[str, Any]:
+        """Every random generator that they refer to."""
+        return {name: value for name, value in find_objects(**self._roots).items() if isinstance(value, _GENERATORS)}
+
+    def buffers(self) -> dict[str, tuple[nn.Module, str, Tensor | None]]:
+        """Name -> (module, attribute, value) of every buffer, empty ones included; each tensor once."""
+        result: dict[str, tuple[nn.Module, str, Tensor | None]] = {}
+        seen: set[int] = set()
+        for root, module in self.modules().items():
+            for path, part in module.named_modules():
+                if id(part) in seen:
+                    continue
+                seen.add(id(part))
+                for attribute in part._buffers:
+                    result[f"{root}:{path}.{attribute}"] = (part, attribute, part._buffers[attribute])
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """Buffers, generators and the states of ``extra``."""
+        return {
+            "buffers": {name: value for name, (_, _, value) in self.buffers().items()},
+            "generators": {name: generator_state(value) for name, value in self.generators().items()},
+            "extra": {name: value.state_dict() for name, value in self.extra.items()},
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Set what :meth:`state` has read.
+
+        :raises CheckpointError: if the objects are others.
+        """
+        load_buffers(self.buffers(), state["buffers"])
+        generators = self.generators()
+        _same_names("random generators", generators, state["generators"])
+        for name, value in generators.items():
+            set_generator_state(value, state["generators"][name])
+        _same_names("objects in state=", self.extra, state["extra"])
+        for name, value in self.extra.items():
+            value.load_state_dict(state["extra"][name])
+
+
+@torch.no_grad()
+def load_buffers(buffers: Mapping[str, tuple[nn.Module, str, Tensor | None]], saved: Mapping[str, Any]) -> None:
+    """Copy ``saved`` into the buffers, in place where they exist.
+
+    :raises CheckpointError: if names or shapes differ.
+    """
+    _same_names("buffers", buffers, saved)
+    for name, (module, attribute, value) in buffers.items():
+        new = saved[name]
+        if value is not None and new is not None:
+            if value.shape != new.shape:
+                raise CheckpointError(f"buffer '{name}' has shape {tuple(value.shape)}, saved {tuple(new.shape)}")
+            value.copy_(new)
+        elif value is not new:
+            like = next(iter(module.parameters(recurse=False)), None)
+            setattr(module, attribute, new if new is None or like is None else new.to(like.device))
+
+
+def _same_names(what: str, now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    if now.keys() != saved.keys():
+        raise CheckpointError(
+            f"it was written by another program: the {what} are {sorted(now)}, in the checkpoint {sorted(saved)}"
+        )
+
+
+def called(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` if it takes as many arguments, else ``function()``."""
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError:
+        return function()
+    return function(*args)

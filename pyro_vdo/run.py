@@ -1,0 +1,451 @@
+"""A run of ``fit``: the loop over epochs and steps, its guards, its checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from pyro_vdo import _compat, objective
+from pyro_vdo.checkpoint import CheckpointError, CheckpointFile
+from pyro_vdo.handlers import scale_kl
+from pyro_vdo.history import EarlyStop, History
+from pyro_vdo.objective import Batch, DataTerm, NumericalError
+from pyro_vdo.optimizers import Options, make_optimizer
+from pyro_vdo.reproducible import (
+    TURNS,
+    Objects,
+    called,
+    load_buffers,
+    preserved_random_state,
+    random_state,
+    set_random_state,
+)
+from pyro_vdo.schedules import Schedule
+
+_FORMAT = 1
+
+
+@dataclass
+class Settings:
+    """The arguments of :func:`fit`, checked."""
+
+    epochs: int
+    optim: Any
+    lr: float | None
+    param_options: Options | None
+    loss: Any
+    kl_weight: Schedule
+    lr_schedule: Schedule | None
+    prune: Schedule | None
+    threshold: float
+    validate: Any
+    validate_every: int
+    early_stop: EarlyStop | None
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int
+    resume: Any
+    device: torch.device | None
+    dtype: torch.dtype | None
+    clip_grad: float | None
+    callbacks: Sequence[Callable[..., Any]]
+    state: Mapping[str, Any]
+    progress: bool
+    seed: int | None
+
+
+class Run:
+    """One training run, as callbacks see it.
+
+    :ivar epoch: number of epochs done.
+    :ivar step: number of steps done.
+    :ivar history: the epochs so far.
+    :ivar model: the model.
+    :ivar guide: the guide.
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Any, data: Any, settings: Settings) -> None:
+        self.model = model
+        self.guide = guide
+        self.data = data
+        self.settings = settings
+        self.epoch = 0
+        self.step = 0
+        self.history = History()
+        self.optimizer = make_optimizer(settings.optim, settings.lr, settings.param_options)
+        self.objects = Objects(model, guide, data, settings.state)
+        self._file = None if settings.checkpoint is None else CheckpointFile(settings.checkpoint)
+        self._compiled = _compat.is_compiled(settings.loss)
+        self._recorder = DataTerm()
+        self._recorded = model if self._compiled else self._recorder(model)
+        self._params: dict[str, Tensor] = {}
+        self._num_batches: int | None = _length(data)
+        self._mutable: list[Tensor] | None = None  # buffers that a step changes, such as those of BatchNorm
+        self._batch: Batch = ((), {})
+        self._kl_weight = 1.0
+        self._best: dict[str, Any] | None = None
+        self._stopped = False
+        self._bar_of_steps = True
+
+    def stop(self) -> None:
+        """End the run after this epoch."""
+        self._stopped = True
+
+    # ----------------------------------------------------------------- the loop
+
+    def go(self) -> History:
+        """Run to the end and return the history."""
+        with self._session() as turn:
+            with turn():
+                self._prepare()
+            with self._progress() as bar:
+                while self.epoch < self.settings.epochs and not self._stopped:
+                    self._run_epoch(turn, bar)
+            if self._best is not None and self.settings.early_stop and self.settings.early_stop.restore_best:
+                with turn():
+                    self._load_snapshot(self._best["snapshot"])
+        return self.history
+
+    @contextmanager
+    def _session(self) -> Iterator[Callable[[], Any]]:
+        """Own random stream while it lasts; Pyro's parameter store as it was found afterwards."""
+        owner = None
+        before = set(pyro.get_param_store().keys())
+        if self.settings.seed is not None:
+            TURNS.open(owner := self, self.settings.seed)
+        try:
+            yield lambda: TURNS(owner)
+        finally:
+            with TURNS(owner):
+                own = {id(p) for module in self.objects.modules().values() for p in module.parameters()}
+                _compat.forget_parameters(own, before)
+            if owner is not None:
+                TURNS.close(owner)
+
+    def _prepare(self) -> None:
+        for module in self.objects.modules().values():
+            if self.settings.device is not None or self.settings.dtype is not None:
+                module.to(device=self.settings.device, dtype=self.settings.dtype)
+            module.zero_grad(set_to_none=True)
+        if self._file is not None and self.settings.resume is not False:
+            if self._file.exists():
+                self._resume(self._file.read())
+            elif self.settings.resume is True:
+                raise CheckpointError(f"checkpoint '{self._file.path}' does not exist, and resume=True demands it")
+
+    def _progress(self) -> Any:
+        count = self._num_batches
+        self._bar_of_steps = count is not None
+        total, done = (self.settings.epochs, self.epoch) if count is None else (self.settings.epochs * count, self.step)
+        return tqdm(total=total, initial=done, disable=not self.settings.progress, unit="step" if count else "epoch")
+
+    def _run_epoch(self, turn: Callable[[], Any], bar: Any) -> None:
+        started, total, data_term, count = time.perf_counter(), 0.0, torch.zeros(()), 0
+        bar.set_description(f"epoch {self.epoch + 1}/{self.settings.epochs}", refresh=False)
+        with turn():
+            batches = iter(called(self.data, self.epoch) if callable(self.data) else self.data)
+        while True:
+            with turn():
+                raw = next(batches, _END)
+                if raw is _END:
+                    break
+                self._batch = self._to_batch(raw)
+                total += self._do_step(count)
+                if not self._compiled:
+                    data_term = data_term + self._recorder.take(_particles(self.settings.loss)).to(data_term.device)
+            count += 1
+            bar.update(int(self._bar_of_steps))
+        if count == 0:
+            raise ValueError(f"fit: data gave no batches in epoch {self.epoch + 1}")
+        with turn():
+            self._num_batches = count if self._num_batches is None else self._num_batches
+            self._end_epoch(started, total / count, float(data_term) / count)
+        self._show(bar)
+
+    def _to_batch(self, raw: Any) -> Batch:
+        device, dtype = self.settings.device, self.settings.dtype
+
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None, non_blocking=True)
+
+        if device is not None or dtype is not None:
+            raw = tree_map(move, raw)
+        if isinstance(raw, Mapping):
+            return (), dict(raw)
+        return (tuple(raw), {}) if isinstance(raw, (tuple, list)) else ((raw,), {})
+
+    # ----------------------------------------------------------------- one step
+
+    def _do_step(self, at: int) -> float:
+        settings = self.settings
+        position = self.epoch + (at / self._num_batches if self._num_batches else 0.0)
+        self._kl_weight = float(settings.kl_weight(position))
+        saved = self._saved_buffers()
+        try:
+            loss = self._loss_and_grads(self._kl_weight)
+            if not math.isfinite(loss):
+                self._fail(f"the loss is {loss}")
+            self._check_gradients()
+        except BaseException:
+            for param in self._params.values():
+                param.grad = None
+            for buffer, value in saved:
+                buffer.data.copy_(value)
+            raise
+        if self._mutable is None:
+            self._mutable = [buffer for buffer, value in saved if not torch.equal(buffer, value)]
+        self.optimizer.prepare(self._params)
+        if settings.lr_schedule is not None:
+            self.optimizer.set_factor(float(settings.lr_schedule(position)))
+        self.optimizer.step(list(self._params.values()))
+        for param in self._params.values():
+            param.grad = None
+        self.step += 1
+        return loss
+
+    def _loss_and_grads(self, kl_weight: float) -> float:
+        args, kwargs = self._batch
+        loss = self.settings.loss
+        with ExitStack() as stack:
+            if kl_weight != 1.0:
+                stack.enter_context(scale_kl(kl_weight))
+            capture = stack.enter_context(poutine.trace(param_only=True))
+            try:
+                if hasattr(loss, "loss_and_grads"):
+                    value = loss.loss_and_grads(self._recorded, self.guide, *args, **kwargs)
+                else:
+                    value = loss(self._recorded, self.guide, *args, **kwargs)
+                    value.backward()
+            except Exception as error:
+                self._explain(error)
+                raise
+        self._params = objective.named_parameters(capture)
+        if not self._params:
+            raise ValueError("fit: neither model nor guide has a parameter to train")
+        return sum(map(float, value)) if isinstance(value, tuple) else float(value)
+
+    def _check_gradients(self) -> None:
+        """Refuse gradients that are not finite; clip the others."""
+        gradients = [param.grad for param in self._params.values() if param.grad is not None]
+        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients]
+        norms = [torch.linalg.vector_norm(grad) for grad in dense]
+        norm = float(torch.stack([part.to(norms[0]) for part in norms]).square().sum().sqrt()) if norms else 0.0
+        if not math.isfinite(norm):
+            name = objective.broken_gradients(self._params)
+            if name:
+                self._fail("a gradient is not finite", name)
+            norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in dense))  # only the norm overflows
+        if self.settings.clip_grad is not None and norm > self.settings.clip_grad:
+            for grad in gradients:
+                grad.mul_(self.settings.clip_grad / norm)
+
+    def _fail(self, what: str, parameter: str | None = None, error: Exception | None = None) -> None:
+        with preserved_random_state():
+            site, cause, found = objective.diagnose(self.model, self.guide, self._batch, self._params)
+        if error is not None and not found:
+            return
+        site = site if parameter is None or found else parameter
+        failure = NumericalError(what, step=self.step + 1, epoch=self.epoch + 1, site=site, cause=cause)
+        failure.history = self.history
+        raise failure from error
+
+    def _explain(self, error: Exception) -> None:
+        """Turn an error of model or guide that stems from numbers that are not finite into one that says so."""
+        if isinstance(error, (ValueError, ArithmeticError, RuntimeError, Warning)):
+            first = str(error).partition("\n")[0]
+            self._fail(f"{type(error).__name__} ({first})", error=error)
+
+    def _saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the buffers that a step changes; at first of all, to learn which these are."""
+        if self._mutable is None:
+            buffers = [value for _, _, value in self.objects.buffers().values() if value is not None]
+        else:
+            buffers = self._mutable
+        return [(buffer, buffer.detach().clone()) for buffer in buffers]
+
+    # ----------------------------------------------------------------- the end of an epoch
+
+    def _end_epoch(self, started: float, loss: float, data_term: float) -> None:
+        settings, position = self.settings, self.epoch + 1.0
+        if settings.prune is not None:
+            self.guide.prune(float(settings.prune(position)))
+        with self._undisturbed():
+            kl = objective.kl_of(self.model, self.guide, self._batch)
+        if self._compiled or not self._recorder.complete:
+            data_term = loss - self._kl_weight * kl
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "loss": loss, "nll": data_term, "kl": kl}
+        row |= {"kl_weight": self._kl_weight, "lr": self.optimizer.lr} | self._counts()
+        last = self.epoch + 1 == settings.epochs
+        if settings.validate is not None and (last or (self.epoch + 1) % settings.validate_every == 0):
+            row |= self._validated()
+        row["seconds"] = time.perf_counter() - started
+        self.history.append(row)
+        self.optimizer.end_epoch()
+        self.epoch += 1
+        self._watch(row)
+        for callback in settings.callbacks:
+            callback(self)
+        due = self.epoch % settings.checkpoint_every == 0 or self._stopped or last
+        if self._file is not None and due:
+            self._file.write(self._state())
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Random state and changing buffers as they were found."""
+        saved = self._saved_buffers()
+        with preserved_random_state(), torch.no_grad():
+            yield
+        for buffer, value in saved:
+            buffer.data.copy_(value)
+
+    def _counts(self) -> dict[str, Any]:
+        if not hasattr(self.guide, "posteriors"):
+            return {}
+        alphas = [q.log_alpha for q in self.guide.posteriors().values() if hasattr(q, "log_alpha")]
+        weights = sum(alpha.numel() for alpha in alphas)
+        kept = sum(int((alpha < self.settings.threshold).sum()) for alpha in alphas)
+        return {"kept": kept, "weights": weights, "compression": weights / kept if kept else math.inf}
+
+    def _validated(self) -> dict[str, float]:
+        validate = self.settings.validate
+        with self._undisturbed(), self._evaluating():
+            if callable(validate):
+                result = called(validate, self)
+            else:
+                terms = [objective.data_term_of(self.model, self.guide, self._to_batch(raw)) for raw in validate]
+                result = {"nll": sum(terms) / max(len(terms), 1)}
+        if not isinstance(result, Mapping):
+            return {"val": float(result)}
+        return {key if key.startswith("val_") else f"val_{key}": float(value) for key, value in result.items()}
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The networks in evaluation mode (BatchNorm, Dropout); the guide stays as it is."""
+        own = {id(part) for part in self.guide.modules()} if isinstance(self.guide, nn.Module) else set()
+        parts = [part for module in self.objects.modules().values() for part in module.modules()]
+        training = [part for part in parts if part.training and id(part) not in own]
+        try:
+            for part in training:
+                part.training = False
+            yield
+        finally:
+            for part in training:
+                part.training = True
+
+    def _watch(self, row: Mapping[str, Any]) -> None:
+        """Early stopping."""
+        stop = self.settings.early_stop
+        if stop is None:
+            return
+        if stop.monitor not in row:
+            if self.epoch >= self.settings.validate_every:
+                raise ValueError(f"fit: early_stop monitors '{stop.monitor}'; the columns are {sorted(row)}")
+            return
+        value = float(row[stop.monitor])
+        if stop.better(value, None if self._best is None else self._best["value"]):
+            self._best = {"value": value, "epoch": self.epoch, "snapshot": self._snapshot()}
+        elif self._best is not None and self.epoch - self._best["epoch"] >= stop.patience:
+            self.stop()
+
+    def _show(self, bar: Any) -> None:
+        bar.update(int(not self._bar_of_steps))
+        row = self.history[-1]
+        shown = {"loss": f"{row['loss']:.4g}", "data": f"{row['nll']:.4g}", "KL": f"{row['kl']:.4g}"}
+        if "kept" in row:
+            shown["zero"] = f"{100 * (1 - row['kept'] / max(row['weights'], 1)):.1f}%"
+        shown |= {key: f"{value:.4g}" for key, value in row.items() if key.startswith("val")}
+        bar.set_postfix(shown, refresh=True)
+
+    # ----------------------------------------------------------------- checkpoints
+
+    def _snapshot(self) -> dict[str, Any]:
+        buffers = {name: value for name, (_, _, value) in self.objects.buffers().items()}
+        return {
+            "params": {name: param.detach().clone() for name, param in self._params.items()},
+            "buffers": {name: None if value is None else value.clone() for name, value in buffers.items()},
+        }
+
+    @torch.no_grad()
+    def _load_snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        self._load_params(snapshot["params"])
+        load_buffers(self.objects.buffers(), snapshot["buffers"])
+
+    @torch.no_grad()
+    def _load_params(self, saved: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(param.shape) for name, param in self._params.items()}
+        if shapes != {name: tuple(value.shape) for name, value in saved.items()}:
+            raise CheckpointError(f"it was written by another program: the parameters are now {shapes}")
+        for name, param in self._params.items():
+            param.copy_(saved[name])
+
+    def _program(self) -> dict[str, Any]:
+        loss = self.settings.loss
+        return {
+            "format": _FORMAT,
+            "seed": self.settings.seed,
+            "optimizer": self.optimizer.name,
+            "loss": getattr(loss, "__name__", type(loss).__name__),
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "program": self._program(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "num_batches": self._num_batches,
+            "stopped": self._stopped,
+            "history": [dict(row) for row in self.history],
+            "params": {name: param.detach() for name, param in self._params.items()},
+            "optimizer": self.optimizer.state(self._params),
+            "objects": self.objects.state(),
+            "best": self._best,
+            "random": random_state(),
+        }
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        """Continue where the checkpoint was written."""
+        path = self._file.path if self._file is not None else ""
+        before, anew = state["program"], "Pass resume=False to start anew."
+        other = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in self._program().items() if before.get(k) != v]
+        if other:
+            raise CheckpointError(f"checkpoint '{path}' belongs to another run: {', '.join(other)}. {anew}")
+        try:
+            with preserved_random_state():
+                first = next(iter(called(self.data, 0) if callable(self.data) else self.data))
+                self._params = objective.parameters_of(self.model, self.guide, self._to_batch(first))
+            self._load_params(state["params"])
+            self.optimizer.load(self._params, state["optimizer"])
+            self.objects.load(state["objects"])
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint '{path}' does not fit: {error}. {anew}") from error
+        self.epoch, self.step, self._best = state["epoch"], state["step"], state["best"]
+        self._num_batches, self._stopped = state["num_batches"], state["stopped"]
+        self.history[:] = state["history"]
+        set_random_state(state["random"])
+
+
+_END = object()
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _particles(loss: Any) -> int:
+    return int(getattr(loss, "num_particles", 1))
