@@ -22,8 +22,8 @@ from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, ImproperPriorError, LogUniform
 from pyro_vdo.relevance import SparsityTable, dropout_rate, log_alpha, masks, signal_to_noise, sparsity
 from pyro_vdo.run import Run
-from pyro_vdo.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
 from pyro_vdo.scale_mixtures import Horseshoe, ScaleMixtureNormal
+from pyro_vdo.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
 from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
 from pyro_vdo.training import fit
 from pyro_vdo.units import (

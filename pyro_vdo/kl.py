@@ -12,6 +12,7 @@ from torch.distributions import Normal, register_kl
 from pyro_vdo.groups import group_mean
 from pyro_vdo.multiplicative import GaussianDropoutNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
+from pyro_vdo.scale_mixtures import NormalScaleMixture
 from pyro_vdo.special import normal_log_uniform_kl, truncated_log_normal_kl
 from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
 
@@ -91,3 +92,11 @@ def _truncated_log_normal_log_uniform(q: TruncatedLogNormal, p: TruncatedLogUnif
     if q.a < p.a or q.b > p.b:
         return torch.full_like(kl, torch.inf)
     return kl + math.log((p.b - p.a) / (q.b - q.a))
+
+
+@register_kl(Normal, NormalScaleMixture)
+def _normal_scale_mixture(q: Normal, p: NormalScaleMixture) -> Tensor:
+    """-H(q) - log p(sqrt(E w^2)), elementwise: the KL of a weight and its scale, at the scale's best posterior."""
+    kl: Tensor = -q.entropy() - p.log_density_of_square(q.loc.square() + q.scale.square())
+    kept = getattr(q, "kept", None)
+    return kl if kept is None else kl * kept

@@ -1,0 +1,166 @@
+"""Priors that are mixtures of zero-mean Normals over their scale: finite mixtures and the horseshoe.
+
+p(w) = E_s Normal(w; 0, s^2) is a convex function of w^2 on the log scale, so that by Jensen's inequality
+E_q log p(w) >= log p(sqrt(E_q w^2)). The right-hand side is what the best posterior over the scale, independent of w,
+attains: -H(q) - log p(sqrt(E_q w^2)) is the KL of weight and scale together, in closed form. It is the divergence that
+is registered for these priors; the marginal KL of the weight alone is smaller. (For p(w) proportional to 1/|w| the same
+argument gives log(1 + 1/alpha) / 2, the KL of the empirical-Bayes prior.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyro_vdo.priors import WeightPrior
+from pyro_vdo.special import EULER_GAMMA
+
+_SPLIT = 2.0
+
+
+class NormalScaleMixture(WeightPrior):
+    """A zero-mean scale mixture of Normals; subclasses define :meth:`log_density_of_square`."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = True
+
+    def log_density_of_square(self, square: Tensor) -> Tensor:
+        """log p(w) as a function of w^2, elementwise."""
+        raise NotImplementedError
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """Log density at real numbers."""
+        return self.log_density_of_square(value.square())
+
+    def draw_scale(self, shape: torch.Size) -> Tensor:
+        """Scales from the mixing distribution."""
+        raise NotImplementedError
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:  # type: ignore[override]
+        """A scale, and a Normal of it."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return self.draw_scale(shape) * torch.randn(shape)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """As :meth:`rsample`."""
+        return self.rsample(sample_shape)
+
+
+class ScaleMixtureNormal(NormalScaleMixture):
+    """sum_k pi_k Normal(0, s_k^2) (Blundell et al. 2015, "Weight Uncertainty in Neural Networks", eq. 7).
+
+    :param scales: the standard deviations s_k > 0.
+    :param weights: the probabilities pi_k > 0, normalised to sum to 1; equal by default.
+    :raises ValueError: for other values or unequal lengths.
+    """
+
+    def __init__(
+        self,
+        scales: Sequence[float] = (1.0, 0.0025),
+        weights: Sequence[float] | None = None,
+        *,
+        batch_shape: torch.Size | tuple[int, ...] = (),
+    ) -> None:
+        weights = [1.0] * len(scales) if weights is None else weights
+        if not scales or len(weights) != len(scales) or not all(value > 0 for value in (*scales, *weights)):
+            raise ValueError(
+                f"ScaleMixtureNormal: needs as many weights > 0 as scales > 0, not {tuple(scales)} and {tuple(weights)}"
+            )
+        self.scales = tuple(float(scale) for scale in scales)
+        self.weights = tuple(weight / sum(weights) for weight in weights)
+        super().__init__(batch_shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ScaleMixtureNormal:
+        """The prior over a tensor of shape ``batch_shape``."""
+        return ScaleMixtureNormal(self.scales, self.weights, batch_shape=torch.Size(batch_shape))
+
+    def log_density_of_square(self, square: Tensor) -> Tensor:
+        """log sum_k pi_k Normal(sqrt(square); 0, s_k^2)."""
+        terms = [
+            math.log(weight / scale) - 0.5 * math.log(2 * math.pi) - square / (2 * scale**2)
+            for scale, weight in zip(self.scales, self.weights, strict=True)
+        ]
+        return torch.stack(terms).logsumexp(0)
+
+    def draw_scale(self, shape: torch.Size) -> Tensor:
+        """s_k with probability pi_k."""
+        chosen = torch.multinomial(torch.tensor(self.weights), shape.numel(), replacement=True)
+        return torch.tensor(self.scales)[chosen].reshape(shape)
+
+    def __repr__(self) -> str:
+        return (
+            f"ScaleMixtureNormal(scales={self.scales}, weights={self.weights}, batch_shape={tuple(self.batch_shape)})"
+        )
+
+
+class Horseshoe(NormalScaleMixture):
+    """Normal(0, scale^2 lambda^2) with lambda from the half-Cauchy distribution (Carvalho, Polson, Scott 2010).
+
+    log p(w) = z + log E1(z) - log(scale sqrt(2 pi^3)) with z = w^2 / (2 scale^2) and E1 the exponential integral: proper,
+    with a pole at 0, which shrinks small weights, and tails like 1/w^2, which leave large ones alone.
+
+    :param scale: the global scale > 0.
+    :raises ValueError: for a scale that is not positive.
+    """
+
+    def __init__(self, scale: float = 1.0, *, batch_shape: torch.Size | tuple[int, ...] = ()) -> None:
+        if not 0 < scale < math.inf:
+            raise ValueError(f"Horseshoe: scale must be > 0, not {scale}")
+        self.scale = float(scale)
+        super().__init__(batch_shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Horseshoe:
+        """The prior over a tensor of shape ``batch_shape``."""
+        return Horseshoe(self.scale, batch_shape=torch.Size(batch_shape))
+
+    def log_density_of_square(self, square: Tensor) -> Tensor:
+        """z + log E1(z) - log(scale sqrt(2 pi^3)); +inf at 0."""
+        z = square / (2 * self.scale**2)
+        value: Tensor = _LogScaledExponentialIntegral.apply(z)
+        return value - math.log(self.scale) - 0.5 * math.log(2 * math.pi**3)
+
+    def draw_scale(self, shape: torch.Size) -> Tensor:
+        """scale * |Cauchy|."""
+        return self.scale * torch.tan(0.5 * math.pi * torch.rand(shape))
+
+    def __repr__(self) -> str:
+        return f"Horseshoe(scale={self.scale}, batch_shape={tuple(self.batch_shape)})"
+
+
+class _LogScaledExponentialIntegral(torch.autograd.Function):
+    """log(e^z E1(z)) for z >= 0, elementwise, in float64; its derivative is 1 - 1 / (z e^z E1(z))."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        wide = z.to(torch.float64)
+        value = _scaled_exponential_integral(wide)
+        ctx.save_for_backward(wide, value)
+        return value.log().to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        z, value = ctx.saved_tensors
+        # 1 - 1/(z v) cancels for large z, where v = 1/z - 1/z^2 + 2/z^3 - ...
+        exact = 1 - 1 / (z * value)
+        far = -1 / z + 1 / z**2 - 3 / z**3
+        return grad * torch.where(z < 1e4, exact, far).to(grad.dtype)
+
+
+def _scaled_exponential_integral(z: Tensor) -> Tensor:
+    """e^z E1(z): the power series (DLMF 6.6.2) below z = 2, the continued fraction (DLMF 6.9.1) above."""
+    near = z.clamp(max=_SPLIT)
+    term, total = torch.ones_like(near), -EULER_GAMMA - near.log()
+    for k in range(1, 31):
+        term = term * (-near / k)
+        total = total - term / k
+    far = z.clamp(min=_SPLIT)
+    fraction = torch.zeros_like(far)
+    for k in range(80, 0, -1):
+        fraction = k * k / (far + 2 * k + 1 - fraction)
+    return torch.where(z < _SPLIT, near.exp() * total, 1 / (far + 1 - fraction))
