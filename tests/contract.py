@@ -1,9 +1,9 @@
 """The contract of a rule: what a linear map makes of an undrawn weight, against exact moments.
 
 A rule is a :class:`Case`: the map as a user writes it, its data and its weights. For a map f that is linear in the
-weight, the reference needs no sampling: the mean is f at the means, and the variance of each output is the sum over all
-random elements of (df / dw)^2 scale^2, with the Jacobian of the map from autograd in float64. What the rule drew is then
-known: with the variance v and the mean m of the reference, (out - m) / sqrt(v) must be standard Normal noise, and
+weight, the reference needs no sampling: the mean is f at the means, and the variance of each output is the sum over
+all random elements of (df / dw)^2 scale^2, with the Jacobian of the map from autograd in float64. What the rule drew is
+then known: with the variance v and the mean m of the reference, (out - m) / sqrt(v) must be standard Normal noise, and
 with that noise held fixed the gradients of m + sqrt(v) * noise are those that the rule has to return.
 
 Use: ``class TestLinear(RuleContract)`` with ``cases``.

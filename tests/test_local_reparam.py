@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ def learned(x: Tensor) -> Tensor:
 
 
 class TestLinear(RuleContract):
-    cases = [
+    cases: ClassVar[list[Case]] = [
         Case("linear", lambda x, w: F.linear(x, w), (5, 3), (4, 3), particles=True),
         Case("weight by keyword", lambda x, w: F.linear(x, weight=w), (5, 3), (4, 3), particles=True),
         Case("all by keyword", lambda x, w: F.linear(input=x, weight=w, bias=None), (5, 3), (4, 3), particles=True),
@@ -37,13 +39,13 @@ class TestLinear(RuleContract):
 class TestBias(RuleContract):
     """The bias alone is a random variable."""
 
-    cases = [
+    cases: ClassVar[list[Case]] = [
         Case("linear", lambda x, b: F.linear(x, torch.eye(4, 3, dtype=x.dtype), b), (5, 3), (4,), particles=True),
     ]
 
 
 class TestMatmul(RuleContract):
-    cases = [
+    cases: ClassVar[list[Case]] = [
         Case("x @ w", lambda x, w: x @ w, (5, 3), (3, 4)),
         Case("x @ w, vector", lambda x, w: x @ w, (5, 3), (3,), particles=True),
         Case("x @ w, both vectors", lambda x, w: x @ w, (3,), (3,)),
@@ -82,7 +84,7 @@ class TestMatmul(RuleContract):
 
 class TestBilinear(RuleContract):
     second = torch.randn(5, 2, dtype=torch.float64, generator=generator(13))
-    cases = [
+    cases: ClassVar[list[Case]] = [
         Case("bilinear", lambda x, w: F.bilinear(x, TestBilinear.second.to(x.dtype), w), (5, 3), (4, 3, 2),
              particles=True),
         Case("undrawn bias", lambda x, w, b: F.bilinear(x, TestBilinear.second.to(x.dtype), w, b), (5, 3), (4, 3, 2),
@@ -96,7 +98,7 @@ def layer(module: nn.Module) -> object:
 
 
 class TestConvolution(RuleContract):
-    cases = [
+    cases: ClassVar[list[Case]] = [
         Case("conv1d", lambda x, w: F.conv1d(x, w), (2, 3, 7), (4, 3, 3), particles=True),
         Case("conv1d stride, bias", lambda x, w, b: F.conv1d(x, w, b, stride=2, padding=1), (2, 3, 7), (4, 3, 3), (4,),
              particles=True),
@@ -131,7 +133,7 @@ OFFSETS = torch.tensor([0, 3, 3, 6])
 
 
 class TestEmbedding(RuleContract):
-    cases = [
+    cases: ClassVar[list[Case]] = [
         Case("tokens", lambda x, w: F.embedding(x, w), TOKENS, (6, 4), differentiable=False, particles=True),
         Case("repeated tokens", lambda x, w: F.embedding(x, w), REPEATED, (6, 4), differentiable=False,
              particles=True, independent=False),
@@ -171,7 +173,7 @@ def weighted(x: Tensor, w: Tensor) -> Tensor:
 
 
 class TestEmbeddingBag(RuleContract):
-    cases = [
+    cases: ClassVar[list[Case]] = [
         Case("mean", lambda x, w: F.embedding_bag(x, w), REPEATED, (6, 4), differentiable=False, particles=True),
         Case("sum", lambda x, w: F.embedding_bag(x, w, mode="sum"), REPEATED, (6, 4), differentiable=False),
         Case("offsets, an empty bag", lambda x, w: F.embedding_bag(x, w, OFFSETS), BAGS, (6, 4),
@@ -196,7 +198,7 @@ def half(x: Tensor) -> Tensor:
 class TestStaysUndrawn(RuleContract):
     """Views, casts, shifts and fixed multiples, followed by a linear map."""
 
-    cases = [
+    cases: ClassVar[list[Case]] = [
         Case("reshape", lambda x, w: F.linear(x, w.reshape(4, 3)), (5, 3), (12,)),
         Case("view", lambda x, w: F.linear(x, w.view(-1, 3)), (5, 3), (2, 6)),
         Case("transpose", lambda x, w: F.linear(x, w.transpose(0, 1)), (5, 3), (3, 4)),
