@@ -102,6 +102,11 @@ def sampled_names(module: PyroModule) -> tuple[str, ...]:
     return tuple(module._pyro_samples)
 
 
+def constrained_names(module: PyroModule) -> tuple[str, ...]:
+    """The attributes of ``module`` that a ``PyroParam`` declares; each is stored as ``NAME_unconstrained``."""
+    return tuple(module._pyro_params)
+
+
 def sample_declaration(module: PyroModule, name: str) -> Any:
     """What was given to ``PyroSample`` for attribute ``name``."""
     return module._pyro_samples[name]

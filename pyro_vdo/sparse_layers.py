@@ -152,6 +152,11 @@ class SparseLinear(_Csr):
         result = torch.addmm(column, weight, x.t()).t()
         return result if self.transposed_result else result.contiguous()
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, computed anew: for containers that read the weights of their layers."""
+        return self.matrix()
+
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         features = f"in_features={self.in_features}, out_features={self.out_features}"

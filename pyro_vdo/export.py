@@ -1,0 +1,352 @@
+"""From a Bayesian network and its guide to a plain torch module: pruned, sparse, compact."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_vdo import _compat
+from pyro_vdo import relevance as relevance_of
+from pyro_vdo.compact import ExportError, compact_module, insert_selects
+from pyro_vdo.modules import bayesian_weights, plain_class
+from pyro_vdo.sparse_layers import sparsify
+from pyro_vdo.units import fold_unit_noise, unit_posteriors, unit_scales
+
+FORMS = ("masked", "sparse", "compact", "compact+sparse")
+
+Masks = Mapping[str, Tensor]
+Values = Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def export(
+    net: nn.Module,
+    guide: Any,
+    form: str | None = None,
+    *,
+    threshold: float | Mapping[str, float] = relevance_of.THRESHOLD,
+    masks: Masks | None = None,
+    example_inputs: Any = None,
+    data: Iterable[Any] | None = None,
+) -> nn.Module:
+    """A plain torch module with the posterior means of the weights that matter, for inference (in eval mode).
+
+    It needs neither Pyro nor the guide. Its weights are ``mean * mask``, everything that has no posterior is copied;
+    noise on units (``UnitNoise``) is multiplied into the weights next to it.
+
+    - ``"masked"``: the classes of the original network; ``torch.export`` and ``torch.onnx`` work on it.
+    - ``"sparse"``: linear layers and convolutions that are sparse enough to gain hold only their nonzero weights.
+    - ``"compact"``: dead inputs, neurons and channels are removed; needs torch-pruning and ``example_inputs``.
+    - ``"compact+sparse"``: first the one, then the other.
+    - without ``form``: ``"sparse"``, in which every layer that would not gain stays dense; it needs nothing more.
+
+    All forms compute the same within float rounding. What was done is in the dict ``export_info`` of the result.
+
+    :param net: the network that ``to_bayesian`` returned.
+    :param guide: its trained guide, or what else :func:`pyro_vdo.relevance.posteriors` takes.
+    :param threshold: weights with log alpha >= threshold become zero; as for :func:`pyro_vdo.masks`.
+    :param masks: site -> boolean tensor, True for the weights to keep, instead of the threshold, for these sites.
+        Its shape must broadcast to the weight's: (units, 1) keeps or removes whole rows.
+    :param example_inputs: a tensor or tuple as the network takes it; a network that is a ``Sequential`` which begins
+        with a ``Linear`` layer needs none.
+    :param data: batches of inputs, or of (inputs, ...) pairs, on which to re-estimate the statistics of BatchNorm,
+        since pruning shifts them.
+    :raises ExportError: if the network cannot be exported, or not in this form.
+    :raises ValueError: for an unknown form, and masks that do not fit.
+    """
+    _check_form(form)
+    sites = network_sites(net)
+    values = pruned_means(sites.values(), guide, threshold, masks)
+    plain = fold_unit_noise(plain_module(net, {name: values[site] for name, site in sites.items()}))
+    module = _finish(plain, form, example_inputs, data)
+    kept = {name: int(values[site].count_nonzero()) for name, site in sites.items()}
+    module.export_info = {  # type: ignore[assignment]
+        "form": form or "sparse",
+        "threshold": dict(threshold) if isinstance(threshold, Mapping) else float(threshold),
+        "weights": {name: values[site].numel() for name, site in sites.items()},
+        "kept": kept,
+    }
+    return module
+
+
+@torch.no_grad()
+def prune_module(
+    module: nn.Module,
+    weights: Values,
+    form: str | None = None,
+    *,
+    example_inputs: Any = None,
+    data: Iterable[Any] | None = None,
+) -> nn.Module:
+    """A copy of a plain ``module``, in eval mode, with some weights replaced, in one of the forms of :func:`export`.
+
+    :param module: any plain module.
+    :param weights: parameter name -> new value, usually with many zeros.
+    :raises ValueError: for an unknown form, unknown names and other shapes.
+    :raises ExportError: if the network cannot be given this form.
+    """
+    _check_form(form)
+    pruned = copy.deepcopy(module).eval()
+    params = dict(pruned.named_parameters())
+    unknown = sorted(weights.keys() - params.keys())
+    if unknown:
+        raise ValueError(f"prune_module: {unknown} are no parameters; these are {sorted(params)}")
+    for name, value in weights.items():
+        if value.shape != params[name].shape:
+            raise ValueError(f"prune_module: '{name}' has shape {tuple(params[name].shape)}, not {tuple(value.shape)}")
+        params[name].copy_(value)
+    return _finish(pruned, form, example_inputs, data)
+
+
+def _check_form(form: str | None) -> None:
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)} or None, not {form!r}")
+
+
+def _finish(module: nn.Module, form: str | None, example_inputs: Any, data: Iterable[Any] | None) -> nn.Module:
+    if data is not None:
+        reestimate_batch_norm(module, data)
+    if form in ("compact", "compact+sparse"):
+        example = _example_inputs(module) if example_inputs is None else example_inputs
+        module = compact_module(module, example, select_inputs=form == "compact")
+    if form in (None, "sparse", "compact+sparse"):
+        module = sparsify(module)
+    return insert_selects(module) if form == "compact+sparse" else module
+
+
+def _example_inputs(module: nn.Module) -> Tensor:
+    first = next((child for child in module.modules() if not isinstance(child, nn.Sequential)), module)
+    plain = all(type(child) is nn.Sequential for child in module.modules() if child is not first and len(list(child)))
+    if type(first) is nn.Linear and (plain or isinstance(module, nn.Sequential)):
+        return torch.zeros(2, first.in_features, dtype=first.weight.dtype, device=first.weight.device)
+    raise ExportError(
+        "form='compact' follows the network from its inputs to its outputs and needs example_inputs=..., a tensor (or "
+        "a tuple of arguments) of the shape that the network takes, with a batch of two or more"
+    )
+
+
+# --------------------------------------------------------------------------- values of the weights
+
+
+def network_sites(net: nn.Module) -> dict[str, str]:
+    """Parameter name within ``net`` -> site name, for every weight of the network that is a latent site.
+
+    :raises ExportError: if there is none.
+    """
+    result = bayesian_weights(net)
+    for path, module in net.named_modules():
+        if isinstance(module, PyroModule):
+            for attribute in _compat.sampled_names(module):
+                local = f"{path}.{attribute}" if path else attribute
+                result.setdefault(local, _compat.full_name(module, attribute))
+    if not result:
+        raise ExportError(
+            f"{type(net).__name__} has no weight that is a latent site; export takes the network that to_bayesian "
+            "returned. For a plain network use prune_module."
+        )
+    return result
+
+
+def pruned_means(
+    sites: Iterable[str],
+    guide: Any,
+    threshold: float | Mapping[str, float] = relevance_of.THRESHOLD,
+    masks: Masks | None = None,
+) -> dict[str, Tensor]:
+    """Posterior mean times mask, by site; of sites whose posterior has no log alpha, the mean or median.
+
+    For arguments and errors see :func:`export`.
+    """
+    sites, given = list(sites), dict(masks or {})
+    unknown = sorted(given.keys() - set(sites))
+    if unknown:
+        raise ValueError(f"export: masks are given for {unknown}; the sites of the network are {sorted(sites)}")
+    posteriors = relevance_of.posteriors(guide)
+    by_threshold = relevance_of.masks(guide, threshold)
+    scales = unit_scales(guide) if hasattr(guide, "site_posterior") else {}
+    means = _means(sites, guide, posteriors)
+    result = {}
+    for site in sites:
+        if site in given:
+            result[site] = means[site] * _checked_mask(site, given[site], means[site])
+        elif site in by_threshold:
+            result[site] = means[site] * by_threshold[site]
+        else:
+            result[site] = scales.get(site, means[site])
+    return result
+
+
+def _means(sites: Iterable[str], guide: Any, posteriors: Mapping[str, Any]) -> dict[str, Tensor]:
+    units = unit_posteriors(guide) if hasattr(guide, "site_posterior") else {}
+    known = {site: q.mean.detach() for site, q in {**units, **posteriors}.items()}
+    missing = sorted(set(sites) - known.keys())
+    if missing and hasattr(guide, "median"):
+        known.update({site: value for site, value in guide.median().items() if site in missing})
+    missing = sorted(set(sites) - known.keys())
+    if missing:
+        raise ExportError(f"export: the guide knows no posterior for {missing}, which are weights of the network")
+    return known
+
+
+def _checked_mask(site: str, mask: Tensor, value: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"export: the mask for '{site}' must be boolean, True for the weights to keep")
+    try:
+        return mask.to(value.device).expand(value.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"export: the mask for '{site}' has shape {tuple(mask.shape)}, the weight {tuple(value.shape)}"
+        ) from None
+
+
+# --------------------------------------------------------------------------- plain modules
+
+
+def plain_module(net: nn.Module, values: Values) -> nn.Module:
+    """A copy of ``net`` in its original classes, without Pyro, in eval mode.
+
+    :param values: parameter name -> value of the latent weights.
+    :raises ExportError: for classes that derive from ``PyroModule`` themselves.
+    """
+    copied = copy.deepcopy(net)
+    for path, module in list(copied.named_modules()):
+        if isinstance(module, PyroModule):
+            _make_plain(module, path, values)
+    return copied.eval()
+
+
+def _make_plain(module: PyroModule, path: str, values: Values) -> None:
+    plain = plain_class(type(module))
+    if plain is nn.Module and type(module).forward is not nn.Module.forward:
+        raise ExportError(
+            f"'{path}' is a {type(module).__name__}, which derives from PyroModule and has no plain class behind it. "
+            "Write it as a torch.nn.Module and convert it with to_bayesian, then its own class can be exported."
+        )
+    sampled = _compat.sampled_names(module)
+    constrained = {name: getattr(module, name).detach().clone() for name in _compat.constrained_names(module)}
+    for name in _compat.shared_context_fields(module):
+        del module.__dict__[name]
+    module.__class__ = plain
+    others = {name: p for name, p in module._parameters.items() if name.removesuffix("_unconstrained") not in constrained}
+    module._parameters.clear()
+    for name in sampled:
+        like = module._buffers.pop(name, None)
+        value = values[f"{path}.{name}" if path else name]
+        value = value.detach().clone() if like is None else value.detach().to(like, copy=True)
+        module._parameters[name] = nn.Parameter(value.contiguous())
+    module._parameters.update({name: nn.Parameter(value) for name, value in constrained.items()})
+    module._parameters.update(others)
+
+
+# --------------------------------------------------------------------------- BatchNorm
+
+
+@torch.no_grad()
+def reestimate_batch_norm(module: nn.Module, data: Iterable[Any]) -> nn.Module:
+    """Estimate the running statistics of every BatchNorm layer anew, as the average over batches; in place.
+
+    As ``torch.optim.swa_utils.update_bn``, but all other layers (dropout) stay in eval mode.
+
+    :param data: batches of inputs, or tuples and lists whose first entry is the input.
+    :raises ValueError: if there is no batch.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    training, momenta = module.training, [layer.momentum for layer in layers]
+    module.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.train()
+        layer.momentum = None  # a cumulative average
+    count = 0
+    try:
+        for batch in data:
+            module(batch[0] if isinstance(batch, tuple | list) else batch)
+            count += 1
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        module.train(training)
+    if layers and not count:
+        raise ValueError("reestimate_batch_norm: there is no batch in data")
+    return module
+
+
+# --------------------------------------------------------------------------- three ways to predict
+
+
+def accuracy(predictions: Tensor, targets: Tensor) -> float:
+    """Part of the targets (data,) that is the largest of the predictions (data, classes)."""
+    return float((predictions.argmax(-1) == targets).double().mean())
+
+
+def class_probabilities(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension."""
+    return logits.softmax(-1)
+
+
+@torch.no_grad()
+def predict_three_ways(
+    net: nn.Module,
+    guide: Any,
+    data: Iterable[tuple[Any, Tensor]],
+    metric: Callable[[Tensor, Tensor], Any] = accuracy,
+    *,
+    link: Callable[[Tensor], Tensor] = class_probabilities,
+    num_samples: int = 20,
+    threshold: float | Mapping[str, float] = relevance_of.THRESHOLD,
+    masks: Masks | None = None,
+) -> dict[str, Any]:
+    """The metric of the pruned mean network, the unpruned mean network and the average over posterior samples.
+
+    The network of mean weights is not the mean of the networks, and can fail where the average does not; so all three
+    are reported.
+
+    :param data: batches of (inputs, targets); it is read once.
+    :param metric: of all predictions and all targets, by default the accuracy.
+    :param link: what is averaged over samples and given to the metric, a function of the network's output; by default
+        class probabilities. For a regression pass ``lambda mean: mean``.
+    :param num_samples: posterior samples of all weights, the same ones for all data.
+    :returns: the metric by ``"pruned mean"``, ``"unpruned mean"`` and ``"average of samples"``.
+    :raises ValueError: if there is no data or ``num_samples`` < 1; see :func:`export` for others.
+    """
+    if num_samples < 1:
+        raise ValueError(f"predict_three_ways: num_samples must be at least 1, not {num_samples}")
+    batches = [(x if isinstance(x, tuple) else (x,), y) for x, y in data]
+    if not batches:
+        raise ValueError("predict_three_ways: there is no batch in data")
+    targets = torch.cat([y for _, y in batches])
+    sites = network_sites(net)
+    plain = plain_module(net, _by_name(sites, pruned_means(sites.values(), guide, threshold, masks)))
+
+    def predictions() -> Tensor:
+        return torch.cat([link(plain(*x)) for x, _ in batches])
+
+    result = {"pruned mean": metric(predictions(), targets)}
+    posteriors = relevance_of.posteriors(guide)
+    units = unit_posteriors(guide) if hasattr(guide, "site_posterior") else {}
+    means = _means(sites.values(), guide, posteriors)
+    _assign(plain, _by_name(sites, means))
+    result["unpruned mean"] = metric(predictions(), targets)
+    total: Tensor | float = 0.0
+    for _ in range(num_samples):
+        drawn = {site: q.sample() for site, q in {**units, **posteriors}.items() if site in means}
+        _assign(plain, _by_name(sites, {**means, **drawn}))
+        total = total + predictions() / num_samples
+    assert isinstance(total, Tensor)
+    result["average of samples"] = metric(total, targets)
+    return result
+
+
+def _by_name(sites: Mapping[str, str], values: Values) -> dict[str, Tensor]:
+    return {name: values[site] for name, site in sites.items()}
+
+
+def _assign(module: nn.Module, values: Values) -> None:
+    for name, value in values.items():
+        module.get_parameter(name).copy_(value)
