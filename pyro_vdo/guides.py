@@ -96,7 +96,7 @@ class SitePosterior(nn.Module):
             zero = torch.zeros((), dtype=loc.dtype, device=loc.device)
             loc, log_scale = torch.where(kept, loc, zero), torch.where(kept, log_scale, zero)
         return FactorizedNormal(
-            loc, log_scale.exp(), log_scale=log_scale, name=name, policy=policy, kept=kept, validate_args=False
+            loc, log_scale=log_scale, name=name, policy=policy, kept=kept, validate_args=False
         )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo import _compat, fused
 from pyro_vdo.weights import DrawnWeight, GaussianWeight, register_rule
 
 Arguments = tuple[Any, ...]
@@ -64,7 +64,8 @@ def core(tensor: Tensor, event_dim: int) -> Tensor | None:
     """``tensor`` without its leading dimensions where these only repeat it (stride 0), else None."""
     lead = tensor.dim() - event_dim
     if all(tensor.stride(d) == 0 or tensor.size(d) == 1 for d in range(lead)):
-        return tensor[(0,) * lead]
+        single = fused.unrepeated(tensor)
+        return single.reshape(tensor.shape[lead:]) if single.dim() != event_dim else single
     return None
 
 
@@ -132,9 +133,27 @@ def linear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     if not is_gaussian(weight):
         mean = F.linear(x, weight)
         return add_bias(mean, torch.zeros_like(mean), bias)
+    if isinstance(x, Tensor) and x.dim() > 0:
+        fast = _fast_linear(x, weight, bias)
+        if fast is not None:
+            return fast
     if weight.dim() <= 2:
         return sample_linear(F.linear, x, weight, bias)
     return _batched_linear(x, weight, bias)
+
+
+def _fast_linear(x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor | None:
+    """The same for a whole weight whose particles are copies of one matrix, with fewer passes over the weights."""
+    moments = weight.linear_moments(x, bias)
+    if moments is None:
+        return None
+    weight.note_linear_use()
+    mean, var = moments
+    refuse_nan(mean, weight, x)
+    if weight.dim() > 2:
+        shape = (*torch.broadcast_shapes(x.shape[:-1], weight.shape[:-2]), weight.shape[-2])
+        mean, var = mean.expand(shape), var.expand(shape)
+    return sample_normal(mean, var)
 
 
 def _batched_linear(x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor:

@@ -7,7 +7,9 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
+from pyro_vdo import fused
 from pyro_vdo.weights import GaussianWeight, PrunedDraw, ReusePolicy, Undrawn, Variable
 
 
@@ -18,8 +20,9 @@ class FactorizedNormal(dist.Normal):
     log density, so that a site in plain ``Trace_ELBO`` contributes log p - log q = -KL without Monte Carlo noise.
 
     :param loc: mean, any shape.
-    :param scale: standard deviation > 0, broadcastable against ``loc``.
-    :param log_scale: log(scale), if it is at hand; saves a pass over the weights.
+    :param scale: standard deviation > 0, broadcastable against ``loc``; not needed where ``log_scale`` is given.
+    :param log_scale: log(scale), if it is at hand; saves passes over the weights. Without ``scale`` it has the shape of
+        ``loc``.
     :param name: the name of the site, for messages.
     :param policy: what to do when a weight is used in two ways, see :class:`ReusePolicy`.
     :param kept: False for pruned weights: their samples are exactly 0 and they have no part in the KL. ``loc`` has to
@@ -30,7 +33,7 @@ class FactorizedNormal(dist.Normal):
     def __init__(
         self,
         loc: Tensor | float,
-        scale: Tensor | float,
+        scale: Tensor | float | None = None,
         *,
         log_scale: Tensor | None = None,
         name: str = "weight",
@@ -42,7 +45,26 @@ class FactorizedNormal(dist.Normal):
         self.name = name
         self.policy = ReusePolicy() if policy is None else policy
         self._log_scale = log_scale
-        super().__init__(loc, scale, validate_args=validate_args)
+        self._scale: Tensor | None = None
+        if scale is not None:
+            super().__init__(loc, scale, validate_args=validate_args)
+        elif isinstance(loc, Tensor) and log_scale is not None:
+            self.loc = loc
+            Distribution.__init__(self, loc.shape, validate_args=validate_args)
+        else:
+            raise ValueError("FactorizedNormal: give scale, or tensors loc and log_scale")
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviation; computed whenever it is asked for, where only ``log_scale`` is known."""
+        if self._scale is not None:
+            return self._scale
+        assert self._log_scale is not None
+        return fused.once(torch.exp, self._log_scale)
+
+    @scale.setter
+    def scale(self, value: Tensor) -> None:
+        self._scale = value
 
     @property
     def log_alpha(self) -> Tensor:
@@ -55,7 +77,7 @@ class FactorizedNormal(dist.Normal):
         shape = torch.Size(batch_shape)
         return FactorizedNormal(
             self.loc.expand(shape),
-            self.scale.expand(shape),
+            None if self._scale is None else self._scale.expand(shape),
             log_scale=None if self._log_scale is None else self._log_scale.expand(shape),
             name=self.name,
             policy=self.policy,
@@ -71,14 +93,17 @@ class FactorizedNormal(dist.Normal):
     def rsample(self, sample_shape: Any = (), *, event_dim: int | None = None) -> Tensor:
         """One undrawn weight, or with ``sample_shape`` several, of shape (*sample_shape, *batch_shape)."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        log_scale = self._log_scale
+
+        def expanded(tensor: Tensor | None) -> Any:
+            return tensor if tensor is None or tensor.shape == shape else tensor.expand(shape)
+
         return GaussianWeight(
-            self.loc.expand(shape),
-            self.scale.expand(shape),
-            variable=Variable(self.name, self.policy),
-            log_scale=None if log_scale is None else log_scale.expand(shape),
+            expanded(self.loc),
+            expanded(self._scale),
+            variable=Variable(self.name, self.policy, source=self),
+            log_scale=expanded(self._log_scale),
             event_dim=event_dim,
-            kept=None if self.kept is None else self.kept.expand(shape),
+            kept=expanded(self.kept),
         )
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -96,9 +121,14 @@ class FactorizedNormal(dist.Normal):
         """Log density at real numbers; at an undrawn weight minus its entropy, elementwise."""
         if not isinstance(value, Undrawn):
             return super().log_prob(value)  # type: ignore[no-any-return]
-        if isinstance(value, GaussianWeight) and _same(value.loc, self.loc) and _same(value.law_scale, self.scale):
+        if isinstance(value, GaussianWeight) and self._is_law_of(value):
             return value.expected_log_law()
         return _expected_normal_log_prob(self, value)
+
+    def _is_law_of(self, weight: GaussianWeight) -> bool:
+        if weight.is_root and weight.variable.source is self:
+            return True
+        return _same(weight.loc, self.loc) and _same(weight.law_scale, self.scale)
 
 
 class PrunedNormal(dist.Normal):
@@ -144,6 +174,9 @@ class UndrawnEvent(dist.Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Sum of the elementwise log densities over the event dimensions."""
+        count = self.reinterpreted_batch_ndims
+        if isinstance(value, GaussianWeight) and value.is_whole(count) and value.variable.source is self.base_dist:
+            return value.expected_log_law_sum(count)
         value_log_prob = self.base_dist.log_prob(value)
         dims = tuple(range(-self.reinterpreted_batch_ndims, 0))
         return value_log_prob.sum(dims)  # type: ignore[no-any-return]

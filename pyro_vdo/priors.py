@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Literal, NoReturn
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyro_vdo import _compat
-from pyro_vdo.weights import PrunedDraw, Undrawn, expected_log_prob
+from pyro_vdo.groups import Group, check_group, group_mean
+from pyro_vdo.weights import GaussianWeight, PrunedDraw, Undrawn, expected_log_prob
 
 KLKind = Literal["exact", "molchanov", "kingma"]
 KL_KINDS: tuple[KLKind, ...] = ("exact", "molchanov", "kingma")
@@ -51,6 +53,15 @@ class WeightPrior(TorchDistribution):
         return self.log_density(value)
 
     def initial_value(self, shape: torch.Size) -> Tensor:
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
+        """Declare the rightmost dimensions dependent, as in Pyro."""
+        count = len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
+        return WeightEvent(self, count) if count > 0 else super().to_event(count)
+
+    def kl_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
+        """KL of the law of a whole weight, summed over its event dimensions, where there is a faster way to it."""
+        return None
+
         """Where a guide starts without a pretrained value: Normal(0, 1/fan_in) noise, as there is nothing to sample."""
         return torch.randn(shape) / max(shape[-1] if shape else 1, 1) ** 0.5
 
@@ -73,6 +84,19 @@ class WeightPrior(TorchDistribution):
 
 
 class LogUniform(WeightPrior):
+class WeightEvent(dist.Independent):
+    """``Independent`` around a prior over weights, which knows sums over whole weights."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density, or expected log density of an undrawn weight, summed over the event dimensions."""
+        count = self.reinterpreted_batch_ndims
+        if isinstance(value, GaussianWeight) and value.is_whole(count):
+            kl = self.base_dist.kl_sum(value, count)
+            if kl is not None:
+                return _compat.add_provenance(value.expected_log_law_sum(count) - kl, value.provenance)  # type: ignore[no-any-return]
+        return super().log_prob(value)  # type: ignore[no-any-return]
+
+
     """Improper log-uniform prior p(w) proportional to 1/|w| (Kingma, Salimans, Welling 2015, section 4.2).
 
     It prefers no magnitude to any other and thereby prunes: the KL depends on alpha = sigma^2/mu^2 only. Neither the
@@ -99,6 +123,10 @@ class LogUniform(WeightPrior):
         return LogUniform(self.kl, batch_shape=torch.Size(batch_shape))
 
     def log_density(self, value: Tensor) -> Tensor:
+    def kl_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
+        """The sum of the exact KL, value and gradient in one pass each."""
+        return weight.log_uniform_kl_sum(event_dim) if self.kl == "exact" else None
+
         """-log|w| + c, where c makes the Monte Carlo average of log q - log p equal the exact KL."""
         return _LOG_UNIFORM_CONSTANT - value.abs().log()
 

@@ -303,11 +303,8 @@ class GaussianWeight(Undrawn):
 
     def _particles_repeat(self, event_dim: int) -> bool:
         lead = self.loc.dim() - event_dim
-        return lead == 0 or all(
-            self.loc.size(d) == 1 or self.loc.stride(d) == 0 == fused_by.stride(d)
-            for fused_by in [self.law_scale if self._log_scale is None else self._log_scale]
-            for d in range(lead)
-        )
+        scale = self.law_scale if self._log_scale is None else self._log_scale
+        return all(self.loc.size(d) == 1 or self.loc.stride(d) == 0 == scale.stride(d) for d in range(lead))
 
     def expected_log_law_sum(self, event_dim: int) -> Tensor:
         """E log q(w) summed over the event dimensions, for a whole weight."""
@@ -320,6 +317,17 @@ class GaussianWeight(Undrawn):
                 total = -total - math.prod(self.shape[-event_dim:]) * fused.ENTROPY_CONSTANT
                 self._expected_log_law_sum = total.expand(self.shape[:-event_dim])
         return self._expected_log_law_sum
+
+    def linear_moments(self, x: Tensor, bias: Any) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance of ``F.linear(x, w, bias)`` without particles; None where these have to be composed."""
+        if type(self) is not GaussianWeight or self._log_scale is None or not self.is_root:
+            return None
+        if self.dim() > 2 and not self._particles_repeat(2):
+            return None
+        loc, log_scale, variance = (fused.unrepeated(part) for part in (self.loc, self._log_scale, self.variance))
+        if not loc.shape == log_scale.shape == variance.shape:
+            return None
+        return fused.linear_moments(x, loc, log_scale, variance, bias)
 
     def log_uniform_kl_sum(self, event_dim: int) -> Tensor | None:
         """The exact KL to the log-uniform prior, summed over the event dimensions, for a whole weight.
@@ -339,7 +347,9 @@ class GaussianWeight(Undrawn):
 
     def law(self) -> torch.distributions.Normal:
         """Normal(loc, scale), elementwise."""
-        return torch.distributions.Normal(self.loc, self.law_scale, validate_args=False)
+        law = torch.distributions.Normal(self.loc, self.law_scale, validate_args=False)
+        law.kept = self.kept  # type: ignore[attr-defined]  # divergences that couple weights leave pruned ones out
+        return law
 
     def expected_log_law(self) -> Tensor:
         """E log q(w) = -log scale - (1 + log 2 pi) / 2, elementwise."""

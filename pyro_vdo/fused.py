@@ -1,0 +1,295 @@
+"""The sums of a training step over a whole weight, in as few passes over memory as eager torch allows.
+
+Everything is a function of ``loc`` and ``log_scale``, with ``t = (loc / scale)^2``. The derivative of the log-uniform
+KL along ``log_scale`` is ``-loc`` times that along ``loc``, so one rational function gives both gradients, and the
+backward pass computes it from what is there already: between forward and backward nothing is stored but the variance.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from pyro_vdo import _compat, special
+
+ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
+
+# Elements in a chunk: long enough to hide the cost of a call, short enough to stay in the cache of a core.
+_CHUNK = 2**16
+
+
+def is_composable_only(*tensors: Tensor) -> bool:
+    """True while something traces or transforms: then only ordinary torch functions will do."""
+    return (
+        torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.compiler.is_compiling()
+        or _compat.is_transforming()
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
+def unrepeated(tensor: Tensor) -> Tensor:
+    """``tensor`` with the dimensions that only repeat it (stride 0) cut to size 1 or away."""
+    repeats = [stride == 0 and size != 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+    if True not in repeats:
+        return tensor
+    base = tensor._base
+    if base is not None and not is_composable_only(tensor):
+        # The gradient of a slice of an expanded tensor would have the size of the expanded one; the base has its own.
+        lead = tensor.dim() - base.dim()
+        if (
+            all(repeat or size == 1 for repeat, size in zip(repeats[:lead], tensor.shape[:lead], strict=True))
+            and tensor.shape[lead:] == base.shape
+            and tensor.stride()[lead:] == base.stride()
+            and tensor.data_ptr() == base.data_ptr()
+        ):
+            return base
+    return tensor[tuple(slice(0, 1) if repeat else slice(None) for repeat in repeats)]
+
+
+def once(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``function(tensor)`` for an elementwise function, computed once for elements that repeat."""
+    single = unrepeated(tensor)
+    return function(tensor) if single is tensor else function(single).expand(tensor.shape)
+
+
+class _Variance(Function):
+    """exp(2 log_scale), whose backward pass needs the result alone."""
+
+    @staticmethod
+    def forward(ctx: Any, log_scale: Tensor) -> Tensor:
+        variance = log_scale.exp()
+        variance.mul_(variance)
+        ctx.save_for_backward(variance)
+        return variance
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (variance,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, variance, value=2.0)
+
+
+def variance(log_scale: Tensor) -> Tensor:
+    """scale^2, elementwise, for any shape of ``log_scale``."""
+    if is_composable_only(log_scale):
+        return (2.0 * log_scale).exp()
+    return _Variance.apply(log_scale)  # type: ignore[no-any-return]
+
+
+# --------------------------------------------------------------------------- the log-uniform KL and E log q, summed
+
+
+@functools.cache
+def _pairs(num: tuple[float, ...], den: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Coefficients of both polynomials, highest power first, as columns: one call evaluates the two."""
+    columns = zip(reversed(num), reversed(den), strict=True)
+    return tuple(torch.tensor(column, dtype=dtype, device="cpu").unsqueeze(1) for column in columns)
+
+
+def _polynomials(coefficients: tuple[Tensor, ...], t: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    torch.addcmul(coefficients[1], coefficients[0], t, out=out)
+    for coefficient in coefficients[2:]:
+        torch.addcmul(coefficient, out, t, out=out)
+    return out[0], out[1]
+
+
+def _chunks(length: int) -> tuple[int, list[slice]]:
+    size = min(length, _CHUNK * torch.get_num_threads())
+    return size, [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _chunked_sum(loc: Tensor, variance: Tensor) -> Tensor:
+    """Sum of the KL on the CPU; not finite where t overflows."""
+    fit = special._fit(loc.dtype)
+    loc, variance = loc.reshape(-1), variance.reshape(-1)
+    coefficients = _pairs(fit.value_num, fit.value_den, loc.dtype)
+    size, parts = _chunks(len(loc))
+    pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
+    sums = []
+    for part in parts:
+        mean, var = loc[part], variance[part]
+        count = len(mean)
+        t, clamped = t_full[:count], clamped_full[:count]
+        torch.mul(mean, mean, out=t).div_(var)
+        torch.clamp(t, max=fit.limit**2, out=clamped)
+        num, den = _polynomials(coefficients, clamped, pair[:, :count])
+        sums.append(t.mul_(num).div_(den).log1p_().sum())
+    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) * 0.5
+
+
+def _chunked_gradient(loc: Tensor, variance: Tensor, weight: float, entropy_weight: float) -> tuple[Tensor, Tensor]:
+    """Gradients of ``weight * KL + entropy_weight * sum of log_scale`` in loc and log_scale, on the CPU."""
+    fit = special._fit(loc.dtype)
+    gradients = [torch.empty_like(loc, memory_format=torch.contiguous_format) for _ in range(2)]
+    dloc, dlog_scale = (x.view(-1) for x in gradients)
+    loc, variance = loc.reshape(-1), variance.reshape(-1)
+    coefficients = _pairs(fit.slope_num, fit.slope_den, loc.dtype)
+    size, parts = _chunks(len(loc))
+    pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
+    zero, start = loc.new_zeros(()), loc.new_full((), entropy_weight)
+    for part in parts:
+        mean, var = loc[part], variance[part]
+        count = len(mean)
+        t, clamped = t_full[:count], clamped_full[:count]
+        torch.mul(mean, mean, out=t)
+        torch.div(t, var, out=clamped).clamp_(max=fit.limit**2)
+        num, den = _polynomials(coefficients, clamped, pair[:, :count])
+        # KL'(r) / scale = num / den / (r + c / r) / scale = num * loc / (den * (loc^2 + c scale^2)), see special.py.
+        den.mul_(t.add_(var, alpha=fit.shift))
+        slope = torch.addcdiv(zero, num.mul_(mean), den, value=weight, out=dloc[part])
+        torch.addcmul(start, mean, slope, value=-1.0, out=dlog_scale[part])
+    return gradients[0], gradients[1]
+
+
+def _composed_sum(loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return special._value(loc * (-log_scale).exp()).sum(), log_scale.sum()
+
+
+def _composed_gradient(loc: Tensor, log_scale: Tensor, weight: Tensor, entropy_weight: Tensor) -> tuple[Tensor, Tensor]:
+    inverse = (-log_scale).exp()
+    dloc = weight * special._slope(loc * inverse) * inverse
+    return dloc, entropy_weight - loc * dloc
+
+
+_compiled: dict[tuple[str, torch.device], Callable[..., tuple[Tensor, Tensor]] | None] = {}
+
+
+def _best(composed: Callable[..., tuple[Tensor, Tensor]], *args: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``composed(*args)`` as one compiled kernel, or None where that is not wanted or cannot be had."""
+    if not special.use_compiled.enabled or args[0].numel() < special.use_compiled.smallest:
+        return None
+    key = composed.__name__, args[0].device
+    if key not in _compiled:
+        kernel = torch.compile(composed, dynamic=True, fullgraph=True)
+        try:
+            kernel(*args)
+        except Exception:  # whatever the reason, there is another way
+            _compiled[key] = None
+        else:
+            _compiled[key] = kernel
+    compiled = _compiled[key]
+    return None if compiled is None else compiled(*args)
+
+
+def _sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """KL, sum of log_scale, and whether t can be had from the variance without over- and underflow."""
+    compiled = _best(_composed_sum, loc, log_scale)
+    if compiled is not None:
+        return *compiled, False
+    if loc.device.type == "cpu" and loc.numel() > 0:  # nothing to wait for on the CPU
+        total = _chunked_sum(loc, variance)
+        tiny = 0.5 * math.log(torch.finfo(loc.dtype).tiny)
+        if math.isfinite(total.item()) and log_scale.amin().item() > tiny:
+            return total, log_scale.sum(), True
+    return *_composed_sum(loc, log_scale), False
+
+
+class _LogUniformSums(Function):
+    """(loc, log_scale, variance) -> sum of the log-uniform KL, sum of log_scale."""
+
+    @staticmethod
+    def forward(ctx: Any, loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        kl, total, ctx.by_variance = _sums(loc, log_scale, variance)
+        ctx.save_for_backward(loc, log_scale, variance)
+        ctx.set_materialize_grads(False)
+        return kl, total
+
+    @staticmethod
+    def backward(ctx: Any, along_kl: Tensor | None, along_log_scale: Tensor | None) -> Any:
+        loc, log_scale, variance = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of this derivative is wanted
+            return *_differentiable_gradient(loc, log_scale, along_kl, along_log_scale), None
+        zero = loc.new_zeros(())
+        weights = [zero if x is None else x for x in (along_kl, along_log_scale)]
+        if ctx.by_variance:
+            return *_chunked_gradient(loc, variance, weights[0].item(), weights[1].item()), None
+        compiled = _best(_composed_gradient, loc, log_scale, *weights)
+        return *(compiled or _composed_gradient(loc, log_scale, *weights)), None
+
+
+def _differentiable_gradient(loc: Tensor, log_scale: Tensor, *along: Tensor | None) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        sums = special.normal_log_uniform_kl(loc, log_scale.exp()).sum(), log_scale.sum()
+        total = sum(weight * value for weight, value in zip(along, sums, strict=True) if weight is not None)
+        return torch.autograd.grad(total, (loc, log_scale), create_graph=True, materialize_grads=True)  # type: ignore[arg-type]
+
+
+def log_uniform_sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor] | None:
+    """KL(Normal(loc, scale^2) || log-uniform) and E log q, each summed over all elements; two scalars.
+
+    :param loc: mean, any shape.
+    :param log_scale: log of the standard deviation, of the same shape.
+    :param variance: its square, of the same shape, taken as a constant: the gradient goes to ``log_scale``.
+    :returns: None where the sums have to be composed of ordinary functions: other dtypes than float32 and float64,
+        while a trace is recorded, inside of ``torch.func`` transforms.
+    """
+    if loc.dtype not in (torch.float32, torch.float64) or is_composable_only(loc, log_scale, variance):
+        return None
+    # No view between here and the caller: autograd adds gradients in place only where nothing shares their memory.
+    kl, total = _LogUniformSums.apply(loc, log_scale, variance.detach())
+    return kl, -total - loc.numel() * ENTROPY_CONSTANT
+
+
+# --------------------------------------------------------------------------- a linear layer
+
+
+class _LinearMoments(Function):
+    """Mean and variance of x w^T + bias, whose backward pass writes each gradient of the weight once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, loc: Tensor, log_scale: Tensor, variance: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, loc, variance)
+        return F.linear(x, loc, bias), F.linear(x * x, variance)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, along_mean: Tensor, along_var: Tensor) -> Any:
+        x, loc, variance = ctx.saved_tensors
+        need_x, need_loc, need_log_scale, _, need_bias = ctx.needs_input_grad
+        dx = dloc = dlog_scale = dbias = None
+        if need_x:
+            dx = torch.addcmul(along_mean @ loc, x, along_var @ variance, value=2.0)
+        data, along_mean, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, along_mean, along_var))
+        if need_loc:
+            dloc = along_mean.mT @ data
+        if need_log_scale:  # d variance / d log_scale = 2 variance
+            dlog_scale = ((2.0 * along_var).mT @ (data * data)).mul_(variance)
+        if need_bias:
+            dbias = along_mean.sum(0)
+        return dx, dloc, dlog_scale, None, dbias
+
+
+def linear_moments(
+    x: Tensor, loc: Tensor, log_scale: Tensor, variance: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance of ``F.linear(x, w, bias)`` for w ~ Normal(loc, scale^2).
+
+    :param x: (*batch, in).
+    :param loc: (out, in).
+    :param log_scale: (out, in), where the gradient goes.
+    :param variance: (out, in), exp(2 log_scale) or 0, taken as a constant.
+    :param bias: (out,) or None.
+    :returns: None where they have to be composed of ordinary functions: under autocast, in a trace or transform, for
+        mixed dtypes and other shapes.
+    """
+    tensors = (x, loc, log_scale, variance) if bias is None else (x, loc, log_scale, variance, bias)
+    if (
+        loc.dim() != 2
+        or x.dim() == 0
+        or (bias is not None and bias.dim() != 1)
+        or any(t.dtype != loc.dtype for t in tensors)
+        or torch.is_autocast_enabled(x.device.type)
+        or is_composable_only(*tensors)
+    ):
+        return None
+    return _LinearMoments.apply(x, loc, log_scale, variance.detach(), bias)  # type: ignore[no-any-return]
