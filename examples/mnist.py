@@ -1,0 +1,343 @@
+"""Sparse networks for MNIST: train, prune, export, one JSON record for each run.
+
+    python examples/mnist.py --data DIR --network lenet-300-100 --output runs
+
+DIR holds the four IDX files, raw or gzipped; without --data they come from OpenML. A recipe is a JSON file with the keys
+of DEFAULTS (examples/recipes); --set KEY=VALUE changes one of them. A run that was killed goes on from its last epoch
+when the same command is given again. Choices are made on images held out of the training set; the test images are
+opened once, when everything is decided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from mnist_data import hold_out, load_split
+from networks import NETWORKS, error, initialize, mean_weights, sampled_error, with_weights
+from torch import Tensor, nn
+
+import pyro_vdo as vdo
+from pyro_vdo.checkpoint import write_atomically
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULTS: dict[str, Any] = {
+    "network": "lenet-300-100",
+    "structured": False,  # noise on units (Neklyudov et al. 2017) in place of noise on weights
+    "prior": "empirical-bayes",  # or log-uniform, log-uniform-molchanov
+    "init": "he",  # or torch
+    "first_gain": 2.0,  # of the first layer's initial weights, with init he
+    "log_sigma2": -10.0,  # at the start
+    "batch_size": 250,
+    "validation": 10000,  # images held out of the training set
+    "threshold": 3.0,  # of log alpha; a list: the largest compression within "tolerance" of the best validation error
+    "tolerance": 0.1,  # percentage points
+    "unit_threshold": 1.0,  # of the signal-to-noise ratio of units
+    "samples": 30,  # networks drawn for the averaged prediction
+    "validate_every": 5,
+    "seed": 0,
+    # Each phase: epochs, lr; schedules as [[fraction of the phase, value], ...]: "lr_factor", "kl", and "prune", the log
+    # alpha at which weights are set to zero for good from the first fraction on; "clip" (log alpha, for the pass only);
+    # "input_dropout"; "shift" (pixels).
+    "phases": [{"name": "train", "epochs": 60, "lr": 3e-3, "lr_factor": [[0.2, 1], [1, 0]], "kl": [[0, 0], [0.2, 1]]}],
+}
+PHASE_KEYS = {"name", "epochs", "lr", "lr_factor", "kl", "prune", "clip", "input_dropout", "shift", "clip_grad"}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run a recipe; returns the record."""
+    options = parse(arguments)
+    recipe, output = options.recipe, Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    target = output / f"{options.name}.json"
+    if target.exists() and not options.overwrite:
+        raise SystemExit(f"{target} exists: the run is finished. Pass --overwrite, or another --name.")
+    torch.set_flush_denormal(True)  # long decays leave denormal numbers, which are slow
+    device = torch.device(options.device)
+    x, y = load_split(options.data, "train")
+    x, y, x_val, y_val = hold_out(x, y, recipe["validation"])
+    started = time.perf_counter()
+    program = Program(recipe, len(x), device)
+    history = program.train(x.to(device), y.to(device), x_val, y_val, output / options.name, not options.quiet)
+    trained = time.perf_counter() - started
+    threshold, choices = choose_threshold(program, recipe, x_val, y_val)
+    record = {
+        "name": options.name,
+        "command": " ".join(["python", "examples/mnist.py", *options.command]),
+        "recipe": recipe,
+        "threshold": threshold,
+        "choices": choices,
+        "versions": versions(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seconds": {"this process": trained, "training": sum(row["seconds"] for row in history)},
+        "history": history,
+    }
+    record |= program.finish(
+        threshold, *load_split(options.data, "test"), output / f"{options.name}.safetensors", x[:2]
+    )
+    write_atomically(target, (json.dumps(record, indent=1) + "\n").encode())
+    for leftover in output.glob(f"{options.name}.phase*"):
+        leftover.unlink()
+    report(record)
+    return record
+
+
+class Program:
+    """The Bayesian network of a recipe with its model and guide."""
+
+    def __init__(self, recipe: dict[str, Any], num_examples: int, device: torch.device) -> None:
+        self.recipe = recipe
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe["seed"])
+            plain = self.plain()
+            if recipe["init"] == "he":
+                initialize(plain, recipe["first_gain"])
+        priors = {
+            "empirical-bayes": vdo.EmpiricalBayesNormal(),
+            "log-uniform": vdo.LogUniform(),
+            "log-uniform-molchanov": vdo.LogUniform(kl="molchanov"),
+        }
+        prior: Any = {vdo.UnitNoise: vdo.TruncatedLogUniform()} if recipe["structured"] else priors[recipe["prior"]]
+        self.net = vdo.to_bayesian(plain, prior).to(device)
+        net = self.net
+
+        def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+            logits = net(x)
+            with pyro.plate("data", num_examples, subsample_size=len(x)):
+                return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+        self.model = model
+        self.guide = vdo.AutoFactorizedNormal(model, init_scale=math.exp(recipe["log_sigma2"] / 2))
+
+    def plain(self) -> nn.Module:
+        """The ordinary network, with layers for the noise on its units if the recipe is structured."""
+        net = NETWORKS[self.recipe["network"]]()
+        return (
+            vdo.add_unit_noise(vdo.add_unit_noise(net), where=["1"], side="input")
+            if self._fc_noise
+            else self._conv(net)
+        )
+
+    @property
+    def _fc_noise(self) -> bool:
+        return self.recipe["structured"] and self.recipe["network"] != "lenet-5"
+
+    def _conv(self, net: nn.Module) -> nn.Module:
+        if not self.recipe["structured"]:
+            return net
+        return vdo.add_unit_noise(vdo.add_unit_noise(net), where=["7"], side="input")  # filters, inputs, hidden units
+
+    # ----------------------------------------------------------------- training
+
+    def train(
+        self, x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, path: Path, progress: bool
+    ) -> list[dict[str, Any]]:
+        """All phases; each has a checkpoint of its own, so that a finished one is only loaded."""
+        self.guide.setup(x[:2], y[:2])
+        history = []
+        for at, phase in enumerate(self.recipe["phases"]):
+            rows = self._phase(phase, at, x, y, x_val, y_val, Path(f"{path}.phase{at}"), progress)
+            history += [{"phase": phase["name"], **row} for row in rows]
+        return history
+
+    def _phase(
+        self,
+        phase: dict[str, Any],
+        at: int,
+        x: Tensor,
+        y: Tensor,
+        x_val: Tensor,
+        y_val: Tensor,
+        path: Path,
+        progress: bool,
+    ) -> vdo.History:
+        epochs, recipe = phase["epochs"], self.recipe
+        self.guide.clip_log_alpha = phase.get("clip")
+        thresholds = {f"error_{t:g}": t for t in candidates(recipe)}
+
+        def validate() -> dict[str, float]:
+            return {name: self.error(t, x_val, y_val) for name, t in thresholds.items()}
+
+        return vdo.fit(
+            self.model,
+            self.guide,
+            vdo.TensorBatches(x, y, batch_size=recipe["batch_size"], transform=augmentation(phase)),
+            epochs=epochs,
+            lr=phase["lr"],
+            lr_schedule=schedule(phase.get("lr_factor", [[0, 1]]), epochs),
+            kl_weight=schedule(phase.get("kl", [[0, 1]]), epochs),
+            prune=pruning(phase["prune"], epochs) if "prune" in phase else None,
+            threshold=min(candidates(recipe)),
+            clip_grad=phase.get("clip_grad"),
+            validate=validate if len(x_val) else None,
+            validate_every=recipe["validate_every"],
+            checkpoint=path,
+            seed=recipe["seed"] + 1000 * at,
+            progress=progress,
+        )
+
+    # ----------------------------------------------------------------- results
+
+    def mean_network(self, threshold: float = math.inf) -> nn.Module:
+        """The ordinary network with the posterior means, pruned at ``threshold`` (units at the recipe's)."""
+        unit_threshold = self.recipe["unit_threshold"] if threshold < math.inf else 0.0
+        return with_weights(self.plain(), self.net, mean_weights(self.guide, threshold, unit_threshold))
+
+    def error(self, threshold: float, x: Tensor, y: Tensor) -> float:
+        """Error of the pruned mean network."""
+        return error(self.mean_network(threshold), x, y)
+
+    def finish(self, threshold: float, x: Tensor, y: Tensor, path: Path, example: Tensor) -> dict[str, Any]:
+        """Errors on the test set, counts, and the exported network."""
+        self.net.cpu(), self.guide.cpu()
+        table = vdo.sparsity(self.guide, threshold) if not self.recipe["structured"] else None
+        errors = {
+            "pruned mean": self.error(threshold, x, y),
+            "unpruned mean": self.error(math.inf, x, y),
+            "averaged samples": sampled_error(self.plain(), self.net, self.guide, x, y, self.recipe["samples"]),
+        }
+        result: dict[str, Any] = {"test_error": errors}
+        if table is not None:
+            result |= {"layers": table.frame.reset_index(names="site").to_dict("records")}
+            result |= {"weights": table.weights, "kept": table.kept, "compression": table.compression}
+        return result
+
+
+def schedule(points: list[list[float]], epochs: int) -> vdo.schedules.PiecewiseLinear:
+    """A schedule from points whose epochs are fractions of the phase."""
+    return vdo.piecewise_linear(*((fraction * epochs, value) for fraction, value in points))
+
+
+def pruning(points: list[list[float]], epochs: int) -> Any:
+    """As :func:`schedule`, with no pruning before the first point."""
+    inner, first = schedule(points, epochs), points[0][0] * epochs
+    return lambda epoch: inner(epoch) if epoch >= first else math.inf
+
+
+def augmentation(phase: dict[str, Any]) -> Any:
+    """Dropout of pixels and random shifts of the training images; None if the phase has neither."""
+    rate, shift = phase.get("input_dropout", 0.0), phase.get("shift", 0)
+    if not rate and not shift:
+        return None
+
+    def transform(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if shift:
+            padded, size = F.pad(x, [shift] * 4), x.shape[-1]
+            rows = torch.randint(2 * shift + 1, (len(x), 1), device=x.device) + torch.arange(size, device=x.device)
+            columns = torch.randint(2 * shift + 1, (len(x), 1), device=x.device) + torch.arange(size, device=x.device)
+            each = torch.arange(len(x), device=x.device)[:, None, None]
+            x = padded[each, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+        return F.dropout(x, rate) if rate else x, y
+
+    return transform
+
+
+def candidates(recipe: dict[str, Any]) -> list[float]:
+    """The thresholds that the recipe allows."""
+    thresholds = recipe["threshold"]
+    return thresholds if isinstance(thresholds, list) else [thresholds]
+
+
+def choose_threshold(
+    program: Program, recipe: dict[str, Any], x: Tensor, y: Tensor
+) -> tuple[float, list[dict[str, float]]]:
+    """The lowest threshold whose validation error is within the tolerance of the best one."""
+    choices = [
+        {"threshold": t, "val_error": program.error(t, x, y) if len(x) else math.nan} for t in candidates(recipe)
+    ]
+    if not recipe["structured"]:
+        choices = [c | {"compression": vdo.sparsity(program.guide, c["threshold"]).compression} for c in choices]
+    if len(choices) == 1:
+        return choices[0]["threshold"], choices
+    if not len(x):
+        raise SystemExit("a list of thresholds needs images to choose on: set validation above 0")
+    limit = min(choice["val_error"] for choice in choices) + recipe["tolerance"]
+    return min(choice["threshold"] for choice in choices if choice["val_error"] <= limit), choices
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("torch", "pyro-ppl", "numpy", "pyro-vdo")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def report(record: dict[str, Any]) -> None:
+    """Print the result."""
+    for layer in record.get("layers", []):
+        print(f"{layer['site']:>12}  {layer['kept']:>7,} of {layer['weights']:>7,}  ({layer['zero %']:.2f}% zero)")
+    if "compression" in record:
+        print(f"compression {record['compression']:.1f}x at log alpha < {record['threshold']:g}")
+    print("test error: " + ", ".join(f"{name} {value:.2f}%" for name, value in record["test_error"].items()))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line and recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="directory with the IDX files; OpenML without it")
+    parser.add_argument("--network", help=f"{', '.join(NETWORKS)}; with -structured for noise on units")
+    parser.add_argument(
+        "--recipe", help="JSON file, or the name of one in examples/recipes; the network's own by default"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="JSON value; phases.0.epochs=5")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--output", default="mnist_output", help="where record, network and checkpoints go")
+    parser.add_argument("--name", help="of the files; network and seed by default")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--quiet", action="store_true")
+    options = parser.parse_args(arguments)
+    options.command = sys.argv[1:] if arguments is None else arguments
+    options.recipe = read_recipe(options)
+    options.name = options.name or f"{options.recipe['label']}-seed{options.recipe['seed']}"
+    return options
+
+
+def read_recipe(options: argparse.Namespace) -> dict[str, Any]:
+    """DEFAULTS, changed by the recipe, changed by the command line; unknown keys are refused."""
+    recipe = json.loads(json.dumps(DEFAULTS))
+    name = options.recipe or options.network or recipe["network"]
+    path = next((p for p in (Path(name), RECIPES / f"{name}.json") if p.is_file()), None)
+    if path is not None:
+        recipe |= json.loads(path.read_text())
+    elif options.recipe:
+        raise SystemExit(f"there is no recipe '{name}' in {RECIPES}, and no such file")
+    if options.network:
+        recipe["network"] = options.network.removesuffix("-structured")
+        recipe["structured"] = options.network.endswith("-structured")
+    if options.seed is not None:
+        recipe["seed"] = options.seed
+    for change in options.set:
+        set_value(recipe, *change.split("=", 1))
+    unknown = (recipe.keys() - DEFAULTS.keys()) | {k for phase in recipe["phases"] for k in phase.keys() - PHASE_KEYS}
+    if unknown:
+        raise SystemExit(f"unknown keys in the recipe: {sorted(unknown)}; known are {sorted([*DEFAULTS, *PHASE_KEYS])}")
+    if recipe["network"] not in NETWORKS:
+        raise SystemExit(f"unknown network '{recipe['network']}'; known are {sorted(NETWORKS)}")
+    for at, phase in enumerate(recipe["phases"]):
+        phase.setdefault("name", f"phase {at}")
+    recipe["label"] = path.stem if path is not None else recipe["network"] + "-structured" * recipe["structured"]
+    return recipe
+
+
+def set_value(recipe: Any, key: str, value: str) -> None:
+    """``set_value(recipe, "phases.0.epochs", "5")``."""
+    *path, last = key.split(".")
+    for part in path:
+        recipe = recipe[int(part)] if isinstance(recipe, list) else recipe[part]
+    recipe[int(last) if isinstance(recipe, list) else last] = json.loads(value)
+
+
+if __name__ == "__main__":
+    main()
