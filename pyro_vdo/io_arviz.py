@@ -16,9 +16,10 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_vdo import _arviz
-from pyro_vdo.draws import Sampler, Site, argument_names, evaluating
+from pyro_vdo.draws import Sampler, evaluating
 from pyro_vdo.labels import Array, Labels, Part, dataset, safe
 from pyro_vdo.relevance import THRESHOLD
+from pyro_vdo.sites import Site, argument_names
 
 _SAMPLES = ("chain", "draw")
 _LEAST_BUFFER, _MOST_BUFFER = 64 * 2**20, 2**30
@@ -110,9 +111,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
 class _Converter:
     """Gathers the groups of one result: ``choose`` the variables, then ``convert``."""
 
-    def __init__(
-        self, samplers: list[Sampler], arguments: Mapping[str, Any], labels: Labels, threshold: float
-    ) -> None:
+    def __init__(self, samplers: list[Sampler], arguments: Mapping[str, Any], labels: Labels, threshold: float) -> None:
         self.samplers, self.arguments, self.labels, self.threshold = samplers, arguments, labels, threshold
         self.sites = samplers[0].sites
         for number, sampler in enumerate(samplers):

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from pyro_vdo.draws import Site
+from pyro_vdo.sites import Site
 
 Array = np.ndarray[Any, Any]
 

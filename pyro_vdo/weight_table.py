@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributions import Normal, transforms
 
 from pyro_vdo import _arviz
-from pyro_vdo.draws import Sampler, SiteParameters, evaluating, normal_parameters, own_parameters
+from pyro_vdo.draws import Sampler, evaluating
 from pyro_vdo.relevance import THRESHOLD
+from pyro_vdo.sites import SiteParameters, normal_parameters, own_parameters
 
 _NODES = 64  # of the quadrature: moments of polynomials up to degree 127 are exact
 _DRAWS = 10_000
