@@ -130,5 +130,5 @@ def loo_approximate(
 
 def _logsumexp(values: xr.DataArray) -> xr.DataArray:
     top = values.max("__sample__")
-    result: xr.DataArray = np.log(np.exp(values - top).sum("__sample__")) + top  # type: ignore[assignment]
-    return result
+    total: xr.DataArray = xr.apply_ufunc(np.exp, values - top).sum("__sample__")
+    return xr.apply_ufunc(np.log, total) + top  # type: ignore[no-any-return]

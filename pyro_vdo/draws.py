@@ -18,6 +18,7 @@ from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyro_vdo import _compat
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
 from pyro_vdo.sites import Site, guide_params, inspect_sites, plate_nesting, site_parameters, unwrapped
 from pyro_vdo.weights import PrunedDraw, Undrawn
@@ -257,3 +258,6 @@ class Sampler:
             log_p = self._sum(model_trace.nodes[name]["log_prob"], size)
             total = total + (instead.flatten(1).double().sum(1) - log_p).to(total)
         return total
+
+
+_compat.PREDICTING.add(Sampler._run.__code__)

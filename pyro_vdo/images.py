@@ -180,10 +180,10 @@ def patch_of(shape: Sequence[int], size: int, corner: tuple[int, int] | None) ->
     return rows, columns
 
 
-def _pair(means: Array, kept: Array, title: str, masked_title: str, axes: Any, arrange: Any) -> Array:
+def _pair(means: Array, kept: Array, title: str, masked_title: str, given: Any, arrange: Any) -> Array:
     arrange = (lambda values: values) if arrange is None else arrange
     limit = colour_limit(means)
-    axes = figure_axes(axes, 1, 2, 10.0, 5.2)[0]
+    axes: Array = figure_axes(given, 1, 2, 10.0, 5.2)[0]
     _picture(axes[0], arrange(means), limit, title)
     drawn = _picture(axes[1], arrange(np.where(kept, means, np.inf)), limit, masked_title)
     bar = axes[0].figure.colorbar(drawn, ax=list(axes), shrink=0.7, aspect=30)
@@ -213,7 +213,7 @@ def plot_relevance(
         raise ValueError(f"'{name}' has {counts.size} inputs, which are no image of shape {shape}; give image_shape")
     image = counts.reshape(shape)
     image = image.sum(0) if image.ndim == 3 else image
-    target = figure_axes(ax, 1, 1, 5.6, 4.8)[0, 0]
+    target: Axes = figure_axes(ax, 1, 1, 5.6, 4.8)[0, 0]
     colours = plt.get_cmap("viridis").with_extremes(under=ZERO)
     drawn = target.imshow(image, cmap=colours, vmin=0.5, vmax=max(1, image.max()), interpolation="nearest")
     bar = target.figure.colorbar(drawn, ax=target, shrink=0.85, extend="min")

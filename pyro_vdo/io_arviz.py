@@ -6,16 +6,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vdo import _arviz
+from pyro_vdo import __version__, _arviz
 from pyro_vdo.draws import Sampler, evaluating
 from pyro_vdo.labels import Array, Labels, Part, dataset, safe
 from pyro_vdo.relevance import THRESHOLD
@@ -82,8 +82,8 @@ def from_pyro_svi(
     """
     if num_samples < 1 or thin < 1:
         raise ValueError(f"from_pyro_svi: num_samples and thin must be >= 1, not {num_samples} and {thin}")
-    guides = list(guide) if isinstance(guide, (list, tuple)) else [guide]
-    models = list(model) if isinstance(model, (list, tuple)) else [model] * len(guides)
+    guides: list[Any] = list(guide) if isinstance(guide, Sequence) else [guide]
+    models: list[Any] = list(model) if isinstance(model, Sequence) else [model] * len(guides)
     if not guides or len(models) != len(guides):
         raise ValueError(f"from_pyro_svi: {len(models)} models and {len(guides)} guides; give one model, or one each")
     with ExitStack() as stack:
@@ -273,7 +273,7 @@ class _Converter:
 
     def _refuse_if_too_big(self, counts: Mapping[str, int], memory_limit: int | None) -> int:
         """Bytes of the result, if they fit."""
-        sizes = []
+        sizes: list[tuple[int, str]] = []
         for group, parts in self.parts.items():
             for name, part in parts.items():
                 shape = (len(self.samplers), counts[group], *part.shape)
@@ -344,9 +344,9 @@ def _attributes() -> dict[str, str]:
     return {
         "created_at": datetime.now(UTC).isoformat(),
         "creation_library": "pyro_vdo",
-        "creation_library_version": metadata.version("pyro-vdo"),
+        "creation_library_version": __version__,
         "inference_library": "pyro",
-        "inference_library_version": metadata.version("pyro-ppl"),
+        "inference_library_version": pyro.__version__,
         "arviz_version": _arviz.VERSION,
     }
 

@@ -33,12 +33,14 @@ class Part:
 
     def take(self, values: Tensor) -> Array:
         """The selected elements of ``values`` of shape (n, *site shape), as (n, *part shape)."""
-        array = values.detach().cpu().numpy()
+        array: Array = values.detach().cpu().numpy()
         if self.flat is not None:
-            return array.reshape(len(array), -1)[:, self.flat]
+            kept: Array = array.reshape(len(array), -1)[:, self.flat]
+            return kept
         if self.index is None:
             return array
-        return array[np.ix_(np.arange(len(array)), *self.index)]
+        chosen: Array = array[np.ix_(np.arange(len(array)), *self.index)]
+        return chosen
 
 
 class Labels:
@@ -132,7 +134,8 @@ class Labels:
 
 def dataset(variables: Iterable[tuple[str, tuple[str, ...], Array, Mapping[str, Any]]]) -> xr.Dataset:
     """A dataset of (name, dims, values, coords), without copying the values."""
-    data, coords = {}, {}
+    data: dict[str, Any] = {}
+    coords: dict[str, Any] = {}
     for name, dims, values, own in variables:
         data[name] = (dims, values)
         coords.update(own)

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pyro_vdo import relevance
 from pyro_vdo.animation import Snapshots, animate
+from pyro_vdo.diagnostics import Calibration
 from pyro_vdo.images import INK, Array, clean, figure_axes, plot_filters, plot_patch, plot_relevance, sites_of
 from pyro_vdo.relevance import THRESHOLD
 from pyro_vdo.weight_table import summary
@@ -27,6 +28,7 @@ __all__ = [
     "plot_log_alpha",
     "plot_patch",
     "plot_relevance",
+    "plot_reliability",
     "plot_training",
 ]
 
@@ -86,7 +88,7 @@ def plot_log_alpha(
         if beyond:
             text = f"last bar: {beyond:,} from {edges[-1]:.0f} on"
             ax.text(1.0, 1.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=INK)
-    return axes
+    return axes  # type: ignore[no-any-return]
 
 
 # --------------------------------------------------------------------------- training
@@ -122,7 +124,7 @@ def plot_training(history: Any, *, axes: Any = None) -> Array:
         ax.set_axisbelow(True)
     axes[-1].set_xlabel("epoch", color=INK)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return axes
+    return axes  # type: ignore[no-any-return]
 
 
 def _elbo_parts(ax: Axes, frame: pd.DataFrame) -> None:
@@ -201,6 +203,27 @@ def plot_compression(
     target.set_axisbelow(True)
     if group is not None or baseline is not None:
         target.legend(frameon=False, fontsize=8)
+    clean(target)
+    return target
+
+
+def plot_reliability(result: Calibration, *, ax: Axes | None = None) -> Axes:
+    """The reliability curve of a classifier; the area of a point is the number of predictions in its bin.
+
+    :param result: what :func:`pyro_vdo.diagnostics.calibration` returns.
+    """
+    target: Axes = figure_axes(ax, 1, 1, 4.8, 4.6)[0, 0]
+    full = result.count > 0
+    target.plot([0, 1], [0, 1], ls=":", color=INK, lw=1.0, label="perfectly calibrated")
+    target.plot(result.confidence[full], result.accuracy[full], color=KEPT, lw=1.4)
+    area = 12 + 240 * result.count[full] / result.count.max()
+    target.scatter(result.confidence[full], result.accuracy[full], s=area, color=KEPT, alpha=0.8, lw=0)
+    target.set_xlabel("confidence: predicted probability of the predicted class", color=INK)
+    target.set_ylabel("accuracy: share that is right", color=INK)
+    title = f"Reliability of {int(result.count.sum()):,} predictions: error {100 * result.error:.2f} %"
+    target.set_title(title, fontsize=10, loc="left", color=INK)
+    target.legend(frameon=False, fontsize=8, loc="upper left")
+    target.set_aspect("equal")
     clean(target)
     return target
 
