@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -66,6 +67,10 @@ def export(
     plain = fold_unit_noise(plain_module(net, {name: values[site] for name, site in sites.items()}))
     module = _finish(plain, form, example_inputs, data)
     kept = {name: int(values[site].count_nonzero()) for name, site in sites.items()}
+    if masks is None and not any(kept.values()):
+        warnings.warn(
+            f"export: the network predicts a constant. {relevance_of.NOTHING_KEPT}", UserWarning, stacklevel=3
+        )
     module.export_info = {  # type: ignore[assignment]
         "form": form or "sparse",
         "threshold": dict(threshold) if isinstance(threshold, Mapping) else float(threshold),

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import validation_enabled as infer_validation
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
@@ -54,12 +54,16 @@ class DataTerm(Messenger):
         super().__init__()
         self._sites: list[tuple[Any, Any, Any, Any]] = []
         self.complete = True
+        #: observed sites that no plate scales to more data
+        self.unscaled: set[str] = set()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if "_enumerate_dim" in msg["infer"]:
             self.complete = False
         if msg["is_observed"] and not site_is_subsample(msg):
             self._sites.append((msg["fn"], msg["value"], msg["scale"], msg["mask"]))
+            if isinstance(msg["scale"], (int, float)) and msg["scale"] == 1 and not site_is_factor(msg):
+                self.unscaled.add(msg["name"])
 
     @torch.no_grad()
     def take(self, num_particles: int = 1) -> Tensor:

@@ -18,6 +18,13 @@ from pyro_vdo.layout import WeightLayout, guess_layout, weight_layout
 
 THRESHOLD = 3.0  # log alpha = 3 is a dropout rate of 0.95 (Molchanov et al. 2017, section 5.1)
 
+NOTHING_KEPT = (
+    "Nothing is kept. The likeliest causes: the likelihood is not scaled to all data, so that each step weighs one "
+    "batch against the whole KL (write pyro.plate('data', N, subsample_size=len(x)) with the N of all data); a mean in "
+    "place of a sum over data points; a KL at full weight from the first step (warm it up: kl_warmup); a threshold "
+    "too low."
+)
+
 Posteriors = Mapping[str, Any]
 Guide = Any  # a guide with ``posteriors()``, an AutoGuideList of such, or a mapping from site to distribution
 
@@ -129,10 +136,13 @@ class SparsityTable:
         total = ["", f"{self.weights:,}", f"{self.kept:,}", f"{zero:.2f}", f"{self.compression:.1f}x", "", ""]
         shown = pd.DataFrame([*map(_row, self.frame.to_dict("records")), total], columns=columns)
         shown.index = pd.Index([*self.frame.index, "total"])
-        if self.threshold is None:
-            return shown.to_string()
-        limit = "its threshold" if isinstance(self.threshold, Mapping) else f"{self.threshold:g}"
-        return f"{shown.to_string()}\n(a weight is kept if log alpha < {limit})"
+        lines = [shown.to_string()]
+        if self.threshold is not None:
+            limit = "its threshold" if isinstance(self.threshold, Mapping) else f"{self.threshold:g}"
+            lines.append(f"(a weight is kept if log alpha < {limit})")
+        if self.weights and not self.kept:
+            lines.append(NOTHING_KEPT)
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return self.frame._repr_html_()  # type: ignore[no-any-return,operator]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from pyro_vdo import _compat, objective
@@ -160,7 +161,9 @@ class Run:
                 raw = next(batches, _END)
                 if raw is _END:
                     break
-                self._batch = self._to_batch(raw)
+                before, self._batch = self._batch, self._to_batch(raw)
+                if count == 1 and self.epoch == 0:
+                    self._check_scale(before)
                 total += self._do_step(count)
                 if not self._compiled:
                     data_term = data_term + self._recorder.take(_particles(self.settings.loss)).to(data_term.device)
@@ -172,6 +175,20 @@ class Run:
             self._num_batches = count if self._num_batches is None else self._num_batches
             self._end_epoch(started, total / count, float(data_term) / count)
         self._show(bar)
+
+    def _check_scale(self, before: Batch) -> None:
+        """Warn where each step weighs one of several batches, as if it were all data, against the whole KL."""
+        parts = zip(tree_leaves(before), tree_leaves(self._batch), strict=False)
+        same = all(a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and _same(a, b)) for a, b in parts)
+        weighted = float(self.settings.kl_weight(1e9)) != 1.0  # the user has thought of it
+        for name in () if same or weighted else sorted(self._recorder.unscaled):
+            warnings.warn(
+                f"fit: data has several batches, but the likelihood of '{name}' is that of one batch alone, "
+                "so that the KL counts in every batch as if for all data, and prunes too much. Write "
+                "pyro.plate('data', N, subsample_size=len(x)) with the N of all data.",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _to_batch(self, raw: Any) -> Batch:
         device, dtype = self.settings.device, self.settings.dtype
@@ -445,6 +462,10 @@ def _length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
 def _particles(loss: Any) -> int:
