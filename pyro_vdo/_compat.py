@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import pyro
 import pyro.infer.autoguide.initialization
+import pyro.infer.importance
 import pyro.infer.predictive
 import torch
 from pyro.distributions import constraints
@@ -25,6 +28,23 @@ from torch.distributions import Distribution
 _OWNERS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
 
+#: the parameter that was last put into the store, by name
+_OURS: dict[str, weakref.ref[nn.Parameter]] = {}
+
+
+def _warn_of_foreign(name: str, value: Tensor) -> None:
+    """Say that a value of the store is dropped, unless it is a left-over of ours."""
+    known = _OURS.get(name)
+    if known is None or known() is not value:
+        warnings.warn(
+            f"Pyro's parameter store has a value for '{name}' that does not come from this network or guide, such as a "
+            "loaded one. It is not used: networks and guides of pyro_vdo keep their own parameters. Save and load "
+            "guide.state_dict() and net.state_dict() (guide.setup(*args) first), or pyro.clear_param_store().",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _claim(owner: nn.Module, name: str, param: nn.Parameter) -> str:
     """Bind ``param`` to a store name that no other live module owns and return that name."""
     store = pyro.get_param_store()
@@ -36,8 +56,10 @@ def _claim(owner: nn.Module, name: str, param: nn.Parameter) -> str:
         number += 1
         candidate = f"{name}/{number}"
     stale = store._params.get(candidate)
-    if stale is not None:
+    if stale is not None and stale is not param:
+        _warn_of_foreign(candidate, stale)
         store._param_to_name.pop(stale, None)
+    _OURS[candidate] = weakref.ref(param)
     _OWNERS[candidate] = owner
     store._constraints[candidate] = constraints.real
     store._params[candidate] = param
@@ -198,6 +220,58 @@ def only_structure_is_asked() -> bool:
 
 
 _INIT_TO_SAMPLE = pyro.infer.autoguide.initialization.init_to_sample.__code__
+
+#: code that makes predictions, beside Pyro's own
+PREDICTING: set[Any] = {pyro.infer.predictive._predictive.__code__}
+# They weigh or return whole samples: one weight for all data points, and its density at that weight.
+_WEIGH_SAMPLES = (
+    pyro.infer.RenyiELBO,
+    pyro.infer.ReweightedWakeSleep,
+    pyro.infer.TraceTMC_ELBO,
+    pyro.infer.TraceTailAdaptive_ELBO,
+    pyro.infer.EnergyDistance,
+    pyro.infer.Trace_MMD,
+    pyro.infer.Importance,
+)
+_NEED_JOINT_SAMPLES = frozenset(
+    inspect.unwrap(function).__code__
+    for function in (
+        *(method for cls in _WEIGH_SAMPLES for method in vars(cls).values() if inspect.isfunction(method)),
+        pyro.infer.importance.vectorized_importance_weights,
+        pyro.infer.predictive._predictive,
+    )
+)
+
+
+def _is_called_by(codes: Set[Any]) -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def joint_samples_are_needed() -> bool:
+    """True inside of ``Predictive``, importance sampling, ``RenyiELBO`` and its kin (``_WEIGH_SAMPLES``)."""
+    return _is_called_by(_NEED_JOINT_SAMPLES)
+
+
+def predictions_are_made() -> bool:
+    """True inside of ``Predictive``, and of what is listed in ``PREDICTING``."""
+    return _is_called_by(PREDICTING)
+
+
+def particle_sizes() -> list[int]:
+    """Sizes of the active plates of particles, which inference algorithms put around model and guide."""
+    return [frame.size for frame in data_plates(particles=True)]
+
+
+def data_plates(*, particles: bool = False) -> list[Any]:
+    """The active vectorized plates of the user's model, or those of particles."""
+    frames = [frame for frame in runtime.get_plates() if frame.vectorized]
+    return [f for f in frames if (f.name.startswith("_") or f.name == "num_particles_vectorized") is particles]
+
 
 def is_transforming() -> bool:
     """True inside of a ``torch.func`` transform (``vmap``, ``grad``, ...)."""
