@@ -2,10 +2,10 @@
 
     python examples/mnist.py --data DIR --network lenet-300-100 --output runs
 
-DIR holds the four IDX files, raw or gzipped; without --data they come from OpenML. A recipe is a JSON file with the keys
-of DEFAULTS (examples/recipes); --set KEY=VALUE changes one of them. A run that was killed goes on from its last epoch
-when the same command is given again. Choices are made on images held out of the training set; the test images are
-opened once, when everything is decided.
+DIR holds the four IDX files, raw or gzipped; without --data they come from OpenML. A recipe is a JSON file with the
+keys of DEFAULTS (examples/recipes); --set KEY=VALUE changes one of them. A run that was killed goes on from its last
+epoch when the same command is given again. Choices are made on images held out of the training set; the test images
+are opened once, when everything is decided.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from mnist_data import hold_out, load_split
-from networks import NETWORKS, error, initialize, mean_weights, sampled_error, with_weights
+from networks import NETWORKS, count_weights, error, initialize, parts, wrong
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
 from pyro_vdo.checkpoint import write_atomically
+from pyro_vdo.export import export, predict_three_ways
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULTS: dict[str, Any] = {
@@ -43,13 +44,12 @@ DEFAULTS: dict[str, Any] = {
     "validation": 10000,  # images held out of the training set
     "threshold": 3.0,  # of log alpha; a list: the largest compression within "tolerance" of the best validation error
     "tolerance": 0.1,  # percentage points
-    "unit_threshold": 1.0,  # of the signal-to-noise ratio of units
     "samples": 30,  # networks drawn for the averaged prediction
     "validate_every": 5,
     "seed": 0,
-    # Each phase: epochs, lr; schedules as [[fraction of the phase, value], ...]: "lr_factor", "kl", and "prune", the log
-    # alpha at which weights are set to zero for good from the first fraction on; "clip" (log alpha, for the pass only);
-    # "input_dropout"; "shift" (pixels).
+    # Each phase: epochs, lr; schedules as [[fraction of the phase, value], ...]: "lr_factor", "kl", and "prune", the
+    # log alpha at which weights are set to zero for good from the first fraction on; "clip" (log alpha, for the pass
+    # only); "input_dropout"; "shift" (pixels); "clip_grad".
     "phases": [{"name": "train", "epochs": 60, "lr": 3e-3, "lr_factor": [[0.2, 1], [1, 0]], "kl": [[0, 0], [0.2, 1]]}],
 }
 PHASE_KEYS = {"name", "epochs", "lr", "lr_factor", "kl", "prune", "clip", "input_dropout", "shift", "clip_grad"}
@@ -65,13 +65,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"{target} exists: the run is finished. Pass --overwrite, or another --name.")
     torch.set_flush_denormal(True)  # long decays leave denormal numbers, which are slow
     device = torch.device(options.device)
-    x, y = load_split(options.data, "train")
-    x, y, x_val, y_val = hold_out(x, y, recipe["validation"])
+    x, y = (part.to(device) for part in load_split(options.data, "train"))
+    x, y, *held_out = hold_out(x, y, recipe["validation"])
     started = time.perf_counter()
     program = Program(recipe, len(x), device)
-    history = program.train(x.to(device), y.to(device), x_val, y_val, output / options.name, not options.quiet)
-    trained = time.perf_counter() - started
-    threshold, choices = choose_threshold(program, recipe, x_val, y_val)
+    history = program.train(x, y, held_out, output / options.name, not options.quiet)
+    seconds = {"this process": time.perf_counter() - started, "training": sum(row["seconds"] for row in history)}
+    threshold, choices = program.choose_threshold(*held_out)
     record = {
         "name": options.name,
         "command": " ".join(["python", "examples/mnist.py", *options.command]),
@@ -81,12 +81,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "versions": versions(),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "seconds": {"this process": trained, "training": sum(row["seconds"] for row in history)},
-        "history": history,
+        "seconds": seconds,
     }
-    record |= program.finish(
-        threshold, *load_split(options.data, "test"), output / f"{options.name}.safetensors", x[:2]
-    )
+    record |= program.finish(threshold, *load_split(options.data, "test"), output / f"{options.name}.safetensors")
+    record["history"] = history
     write_atomically(target, (json.dumps(record, indent=1) + "\n").encode())
     for leftover in output.glob(f"{options.name}.phase*"):
         leftover.unlink()
@@ -101,9 +99,7 @@ class Program:
         self.recipe = recipe
         with torch.random.fork_rng():
             torch.manual_seed(recipe["seed"])
-            plain = self.plain()
-            if recipe["init"] == "he":
-                initialize(plain, recipe["first_gain"])
+            plain = initialize(self.plain(), recipe["first_gain"]) if recipe["init"] == "he" else self.plain()
         priors = {
             "empirical-bayes": vdo.EmpiricalBayesNormal(),
             "log-uniform": vdo.LogUniform(),
@@ -122,53 +118,29 @@ class Program:
         self.guide = vdo.AutoFactorizedNormal(model, init_scale=math.exp(recipe["log_sigma2"] / 2))
 
     def plain(self) -> nn.Module:
-        """The ordinary network, with layers for the noise on its units if the recipe is structured."""
+        """The ordinary network; in a structured recipe with noise on filters, features and hidden units."""
         net = NETWORKS[self.recipe["network"]]()
-        return (
-            vdo.add_unit_noise(vdo.add_unit_noise(net), where=["1"], side="input")
-            if self._fc_noise
-            else self._conv(net)
-        )
-
-    @property
-    def _fc_noise(self) -> bool:
-        return self.recipe["structured"] and self.recipe["network"] != "lenet-5"
-
-    def _conv(self, net: nn.Module) -> nn.Module:
         if not self.recipe["structured"]:
             return net
-        return vdo.add_unit_noise(vdo.add_unit_noise(net), where=["7"], side="input")  # filters, inputs, hidden units
+        first_linear = next(name for name, layer in net.named_children() if isinstance(layer, nn.Linear))
+        return vdo.add_unit_noise(vdo.add_unit_noise(net), where=[first_linear], side="input")
 
-    # ----------------------------------------------------------------- training
-
-    def train(
-        self, x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, path: Path, progress: bool
-    ) -> list[dict[str, Any]]:
+    def train(self, x: Tensor, y: Tensor, held_out: list[Tensor], path: Path, progress: bool) -> list[dict[str, Any]]:
         """All phases; each has a checkpoint of its own, so that a finished one is only loaded."""
         self.guide.setup(x[:2], y[:2])
         history = []
         for at, phase in enumerate(self.recipe["phases"]):
-            rows = self._phase(phase, at, x, y, x_val, y_val, Path(f"{path}.phase{at}"), progress)
+            rows = self._phase(at, x, y, held_out, Path(f"{path}.phase{at}"), progress)
             history += [{"phase": phase["name"], **row} for row in rows]
         return history
 
-    def _phase(
-        self,
-        phase: dict[str, Any],
-        at: int,
-        x: Tensor,
-        y: Tensor,
-        x_val: Tensor,
-        y_val: Tensor,
-        path: Path,
-        progress: bool,
-    ) -> vdo.History:
-        epochs, recipe = phase["epochs"], self.recipe
+    def _phase(self, at: int, x: Tensor, y: Tensor, held_out: list[Tensor], path: Path, progress: bool) -> vdo.History:
+        recipe, phase = self.recipe, self.recipe["phases"][at]
+        epochs = phase["epochs"]
         self.guide.clip_log_alpha = phase.get("clip")
-        thresholds = {f"error_{t:g}": t for t in candidates(recipe)}
 
         def validate() -> dict[str, float]:
-            return {name: self.error(t, x_val, y_val) for name, t in thresholds.items()}
+            return {f"error_{t:g}": self.error(t, *held_out) for t in self.thresholds}
 
         return vdo.fit(
             self.model,
@@ -179,40 +151,56 @@ class Program:
             lr_schedule=schedule(phase.get("lr_factor", [[0, 1]]), epochs),
             kl_weight=schedule(phase.get("kl", [[0, 1]]), epochs),
             prune=pruning(phase["prune"], epochs) if "prune" in phase else None,
-            threshold=min(candidates(recipe)),
+            threshold=min(self.thresholds),
             clip_grad=phase.get("clip_grad"),
-            validate=validate if len(x_val) else None,
+            validate=validate if len(held_out[0]) else None,
             validate_every=recipe["validate_every"],
             checkpoint=path,
             seed=recipe["seed"] + 1000 * at,
             progress=progress,
         )
 
-    # ----------------------------------------------------------------- results
-
-    def mean_network(self, threshold: float = math.inf) -> nn.Module:
-        """The ordinary network with the posterior means, pruned at ``threshold`` (units at the recipe's)."""
-        unit_threshold = self.recipe["unit_threshold"] if threshold < math.inf else 0.0
-        return with_weights(self.plain(), self.net, mean_weights(self.guide, threshold, unit_threshold))
+    @property
+    def thresholds(self) -> list[float]:
+        """The thresholds that the recipe allows."""
+        given = self.recipe["threshold"]
+        return given if isinstance(given, list) else [given]
 
     def error(self, threshold: float, x: Tensor, y: Tensor) -> float:
-        """Error of the pruned mean network."""
-        return error(self.mean_network(threshold), x, y)
+        """Error of the mean network, pruned at ``threshold``."""
+        return error(export(self.net, self.guide, "masked", threshold=threshold), x, y)
 
-    def finish(self, threshold: float, x: Tensor, y: Tensor, path: Path, example: Tensor) -> dict[str, Any]:
+    def choose_threshold(self, x: Tensor, y: Tensor) -> tuple[float, list[dict[str, float]]]:
+        """The lowest threshold whose validation error is within the tolerance of the best one."""
+        errors = {t: self.error(t, x, y) if len(x) else math.nan for t in self.thresholds}
+        choices = [{"threshold": t, "val_error": value} for t, value in errors.items()]
+        if not self.recipe["structured"]:
+            choices = [c | {"compression": vdo.sparsity(self.guide, c["threshold"]).compression} for c in choices]
+        if len(choices) == 1:
+            return choices[0]["threshold"], choices
+        if not len(x):
+            raise SystemExit("a list of thresholds needs images to choose on: set validation above 0")
+        limit = min(errors.values()) + self.recipe["tolerance"]
+        return min(t for t, value in errors.items() if value <= limit), choices
+
+    def finish(self, threshold: float, x: Tensor, y: Tensor, path: Path) -> dict[str, Any]:
         """Errors on the test set, counts, and the exported network."""
-        self.net.cpu(), self.guide.cpu()
-        table = vdo.sparsity(self.guide, threshold) if not self.recipe["structured"] else None
-        errors = {
-            "pruned mean": self.error(threshold, x, y),
-            "unpruned mean": self.error(math.inf, x, y),
-            "averaged samples": sampled_error(self.plain(), self.net, self.guide, x, y, self.recipe["samples"]),
-        }
-        result: dict[str, Any] = {"test_error": errors}
-        if table is not None:
-            result |= {"layers": table.frame.reset_index(names="site").to_dict("records")}
+        net, guide, samples = self.net.cpu(), self.guide.cpu(), self.recipe["samples"]
+        three = predict_three_ways(net, guide, parts(x, y), wrong, num_samples=samples, threshold=threshold)
+        result: dict[str, Any] = {"test_error": three}
+        if not self.recipe["structured"]:
+            table = vdo.sparsity(guide, threshold)
+            result["layers"] = table.frame.reset_index(names="site").to_dict("records")
             result |= {"weights": table.weights, "kept": table.kept, "compression": table.compression}
-        return result
+        form = "compact" if self.recipe["structured"] else "compact+sparse"
+        small = export(net, guide, form, threshold=threshold, example_inputs=x[:2])
+        if not hasattr(vdo, "save"):
+            return result
+        vdo.save(small, path)
+        shapes = {name: list(value.shape) for name, value in small.state_dict().items()}
+        exported = {"file": path.name, "bytes": path.stat().st_size, "form": form, "shapes": shapes}
+        exported |= {"nonzero_weights": count_weights(small), "test_error": error(small, x, y)}
+        return result | {"exported": exported}
 
 
 def schedule(points: list[list[float]], epochs: int) -> vdo.schedules.PiecewiseLinear:
@@ -242,29 +230,6 @@ def augmentation(phase: dict[str, Any]) -> Any:
         return F.dropout(x, rate) if rate else x, y
 
     return transform
-
-
-def candidates(recipe: dict[str, Any]) -> list[float]:
-    """The thresholds that the recipe allows."""
-    thresholds = recipe["threshold"]
-    return thresholds if isinstance(thresholds, list) else [thresholds]
-
-
-def choose_threshold(
-    program: Program, recipe: dict[str, Any], x: Tensor, y: Tensor
-) -> tuple[float, list[dict[str, float]]]:
-    """The lowest threshold whose validation error is within the tolerance of the best one."""
-    choices = [
-        {"threshold": t, "val_error": program.error(t, x, y) if len(x) else math.nan} for t in candidates(recipe)
-    ]
-    if not recipe["structured"]:
-        choices = [c | {"compression": vdo.sparsity(program.guide, c["threshold"]).compression} for c in choices]
-    if len(choices) == 1:
-        return choices[0]["threshold"], choices
-    if not len(x):
-        raise SystemExit("a list of thresholds needs images to choose on: set validation above 0")
-    limit = min(choice["val_error"] for choice in choices) + recipe["tolerance"]
-    return min(choice["threshold"] for choice in choices if choice["val_error"] <= limit), choices
 
 
 def versions() -> dict[str, str]:

@@ -1,15 +1,12 @@
-"""What the example programs share: networks, their errors, and mean networks of a posterior."""
+"""What the example programs share: networks, and their errors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-
-import pyro_vdo as vdo
-from pyro_vdo.modules import bayesian_weights
 
 #: the paper's name -> builder of the ordinary network
 NETWORKS = {
@@ -22,13 +19,13 @@ NETWORKS = {
 def fully_connected(*sizes: int) -> nn.Sequential:
     """Linear layers of the given sizes with ReLU between them, on flattened inputs."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 def lenet_5() -> nn.Sequential:
-    """LeNet-5 of Caffe: 20 and 50 filters of 5 x 5, 500 units (431,080 parameters, 430,500 of them weights)."""
+    """LeNet-5 of Caffe: 20 and 50 filters of 5 x 5, 500 units; 430,500 weights and 580 biases."""
     return nn.Sequential(
         nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.ReLU(),
         nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.ReLU(),
@@ -41,49 +38,35 @@ def initialize(net: nn.Module, first_gain: float = 1.0) -> nn.Module:
     layers = [layer for layer in net.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     for at, layer in enumerate(layers):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if at < len(layers) - 1 else "linear")
-        nn.init.zeros_(layer.bias)
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         if at == 0:
             layer.weight.data.mul_(first_gain)
     return net
 
 
+def parts(x: Tensor, y: Tensor, batch_size: int = 2000) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of all data, in order."""
+    return zip(x.split(batch_size), y.split(batch_size), strict=True)
+
+
 @torch.no_grad()
-def probabilities(net: nn.Module, x: Tensor, batch_size: int = 2000) -> Tensor:
-    """Class probabilities, in evaluation mode."""
-    net.eval()
-    return torch.cat([net(part).softmax(-1) for part in x.split(batch_size)])
-
-
 def error(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Percentage of wrong predictions."""
-    return wrong(probabilities(net, x), y)
+    """Percentage of wrong predictions, in evaluation mode."""
+    net.eval()
+    return wrong(torch.cat([net(part) for part, _ in parts(x, y)]), y)
 
 
-def wrong(p: Tensor, y: Tensor) -> float:
-    """Percentage of rows of ``p`` whose largest entry is not at ``y``."""
-    return 100 * float((p.argmax(-1) != y).double().mean())
+def wrong(predictions: Tensor, targets: Tensor) -> float:
+    """Percentage of rows of ``predictions`` whose largest entry is not at the target."""
+    return 100 * float((predictions.argmax(-1) != targets).double().mean())
 
 
-def with_weights(plain: nn.Module, net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """``plain``, of the structure of the Bayesian ``net``, with its biases and the given weights, by site."""
-    sites = bayesian_weights(net)
-    state = {key: values[sites[key]] if key in sites else value for key, value in net.state_dict().items()}
-    plain.load_state_dict(state)
-    return plain
-
-
-def mean_weights(guide: Any, threshold: float = float("inf"), unit_threshold: float = 0.0) -> dict[str, Tensor]:
-    """Posterior means by site, 0 where log alpha >= ``threshold`` or the signal-to-noise of a unit is too low."""
-    means = {name: q.loc * (q.log_alpha < threshold) for name, q in guide.posteriors().items()}
-    return means | vdo.unit_scales(guide, unit_threshold)
-
-
-@torch.no_grad()
-def sampled_error(plain: nn.Module, net: nn.Module, guide: Any, x: Tensor, y: Tensor, num_samples: int) -> float:
-    """Error of the average prediction of ``num_samples`` networks drawn from the posterior."""
-    total: Any = 0.0
-    for _ in range(num_samples):
-        draws = {name: q.drawn().sample() for name, q in guide.posteriors().items()}
-        draws |= {name: q.sample() for name, q in vdo.unit_posteriors(guide).items()}
-        total = total + probabilities(with_weights(plain, net, draws), x)
-    return wrong(total, y)
+def count_weights(net: nn.Module) -> int:
+    """Number of nonzero parameters with two or more dimensions, or held as a sparse matrix: everything but biases."""
+    named = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    total = 0
+    for name, value in named.items():
+        is_values = name.rpartition(".")[2] == "values"  # of a sparse layer
+        if value.is_floating_point() and (value.dim() > 1 or is_values):
+            total += int(value.count_nonzero())
+    return total
