@@ -1,0 +1,40 @@
+"""What can happen to a weight that has not been drawn."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+from common import BLUE, GREY, INK, RED, save
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+
+def box(ax: plt.Axes, x: float, y: float, text: str, colour: str, width: float, height: float = 0.22) -> None:
+    """A box with text, its left centre at (x, y)."""
+    shape = FancyBboxPatch((x, y - height / 2), width, height, boxstyle="round,pad=0.012", fc="white", ec=colour, lw=1.6)
+    ax.add_patch(shape)
+    ax.text(x + width / 2, y, text, ha="center", va="center", fontsize=9.5, color=INK, linespacing=1.5)
+
+
+def main() -> None:
+    """Draw the picture."""
+    figure, ax = plt.subplots(figsize=(8.6, 3.6))
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.axis("off")
+    box(ax, 0.01, 0.5, "an undrawn weight\n$w \\sim N(\\mu, \\sigma^2)$\na tensor with a shape\nand no number", BLUE, 0.24, 0.42)
+    rows = [
+        (0.85, "a linear map takes it\n$y = x\\,w$", "local reparameterization: draw the result\n"
+         "$y = x\\mu + \\sqrt{x^2 \\sigma^2}\\;\\varepsilon$, one $\\varepsilon$ for each data point", BLUE),
+        (0.5, "a density is asked at it\n$\\log p(w),\\ \\log q(w)$", "the expected log density\n"
+         "$\\mathrm{E}\\log p - \\mathrm{E}\\log q = -\\mathrm{KL}$, no Monte Carlo noise", RED),
+        (0.15, "anything else\n$w^2$, print, numpy", "drawn once, and remembered for the pass\n"
+         "$w = \\mu + \\sigma\\varepsilon$", GREY),
+    ]  # fmt: skip
+    for y, condition, result, colour in rows:
+        box(ax, 0.35, y, condition, colour, 0.21)
+        box(ax, 0.63, y, result, colour, 0.36)
+        for start, stop in (((0.265, 0.5), (0.335, y)), ((0.575, y), (0.615, y))):
+            ax.add_patch(FancyArrowPatch(start, stop, arrowstyle="-|>", mutation_scale=12, color=colour, lw=1.4))
+    save(figure, "undrawn.svg")
+
+
+if __name__ == "__main__":
+    main()
