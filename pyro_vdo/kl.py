@@ -13,7 +13,7 @@ from pyro_vdo.groups import group_mean
 from pyro_vdo.multiplicative import GaussianDropoutNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
 from pyro_vdo.scale_mixtures import NormalScaleMixture
-from pyro_vdo.special import normal_log_uniform_kl, truncated_log_normal_kl
+from pyro_vdo.special import normal_log_uniform_kl
 from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
 
 
@@ -88,7 +88,7 @@ def _truncated_log_normal_log_uniform(q: TruncatedLogNormal, p: TruncatedLogUnif
 
     The prior's interval may be wider than the posterior's; inf where the posterior leaves it.
     """
-    kl = truncated_log_normal_kl(q.loc, q.scale, q.a, q.b)
+    kl = q.log_uniform_kl()
     if q.a < p.a or q.b > p.b:
         return torch.full_like(kl, torch.inf)
     return kl + math.log((p.b - p.a) / (q.b - q.a))

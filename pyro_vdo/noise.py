@@ -72,10 +72,17 @@ class UndrawnNoise(Undrawn):
         )
         self.event_dim = len(self.event_shape)
         self.provenance = provenance
+        self._expected_log_law: Tensor | None = None
 
     def law(self) -> Distribution:
         """The distribution of the noise, elementwise, in the shape of its site."""
         return self._law
+
+    def expected_log_law(self) -> Tensor:
+        """E log q(theta), elementwise; computed once for the model and the guide."""
+        if self._expected_log_law is None:
+            self._expected_log_law = -self._law.entropy()
+        return self._expected_log_law
 
     def draw(self) -> Tensor:
         """The noise of this pass, one for all data points: drawn at the first call and remembered."""
@@ -124,7 +131,8 @@ def _event_dim(law: Distribution, event_dim: int | None) -> int:
 
 
 def _parameter(law: Distribution) -> Tensor:
-    return next(value for value in law.__dict__.values() if isinstance(value, Tensor))
+    parameter: Tensor = getattr(law, next(iter(law.arg_constraints)))
+    return parameter
 
 
 def _rebuild(law: Any, event_dim: int, event_shape: Any, name: str, value: Tensor | None) -> UndrawnNoise:
@@ -177,7 +185,7 @@ def scale_by_gaussian(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     loc, scale = (part.reshape(*part.shape, *(1,) * positions) for part in (weight.loc, weight.scale))
     event = loc.shape[-1 - positions :]
     batch = torch.broadcast_shapes(loc.shape[: -1 - positions], _data(x, 1 + positions))
-    eps = torch.randn(batch + event, dtype=x.dtype, device=x.device)
+    eps = torch.randn(batch + event, dtype=loc.dtype, device=loc.device)
     return x * torch.addcmul(loc, scale, eps)
 
 
@@ -201,7 +209,12 @@ def multiply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) != 2 or kwargs or isinstance(args[0], Undrawn) == isinstance(args[1], Undrawn):
         return NotImplemented
     x, noise = args if isinstance(args[1], UndrawnNoise) else args[::-1]
-    if not isinstance(x, Tensor) or x.dim() < noise.event_dim:
+    if not isinstance(x, Tensor):
+        return NotImplemented
+    if max(noise.event_shape, default=1) > 1:  # a leading 1, as in theta[None], stands for the data
+        start = next(dim for dim, size in enumerate(noise.event_shape) if size > 1)
+        noise = noise.viewed(noise.event_shape[start:])
+    if x.dim() < noise.event_dim:
         return NotImplemented
     return x * noise.draw_for(x.shape[: x.dim() - noise.event_dim])
 

@@ -101,8 +101,8 @@ class ScaleMixtureNormal(NormalScaleMixture):
 class Horseshoe(NormalScaleMixture):
     """Normal(0, scale^2 lambda^2) with lambda from the half-Cauchy distribution (Carvalho, Polson, Scott 2010).
 
-    log p(w) = z + log E1(z) - log(scale sqrt(2 pi^3)) with z = w^2 / (2 scale^2) and E1 the exponential integral: proper,
-    with a pole at 0, which shrinks small weights, and tails like 1/w^2, which leave large ones alone.
+    log p(w) = z + log E1(z) - log(scale sqrt(2 pi^3)) with z = w^2 / (2 scale^2) and E1 the exponential integral. It is
+    proper, has a pole at 0, which shrinks small weights, and tails like 1/w^2, which leave large ones alone.
 
     :param scale: the global scale > 0.
     :raises ValueError: for a scale that is not positive.

@@ -8,16 +8,16 @@ log theta, cut to [a, b]. Both are proper, which the log-uniform prior over weig
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
-from pyro_vdo import special
+from pyro_vdo import special, truncated_normal
 from pyro_vdo.noise import UndrawnNoise
-from pyro_vdo.posteriors import UndrawnEvent
+from pyro_vdo.posteriors import UndrawnEvent, _same
 from pyro_vdo.priors import WeightPrior
 from pyro_vdo.weights import ReusePolicy, Undrawn, Variable
 
@@ -120,6 +120,7 @@ class TruncatedLogNormal(TorchDistribution):
         self.loc, self.scale = broadcast_all(loc, scale)
         self.a, self.b, self.undrawn, self.name = float(a), float(b), undrawn, name
         self.policy = ReusePolicy() if policy is None else policy
+        self._remembers, self._terms = False, cast("truncated_normal.Terms | None", None)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
@@ -150,6 +151,7 @@ class TruncatedLogNormal(TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         if self.undrawn:
             law = self.drawn().expand(shape)
+            law._remembers = True  # it serves one pass, whose model and guide ask for the same
             return UndrawnNoise(law, variable=Variable(self.name, self.policy), event_dim=event_dim)
         return self.icdf(torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device))
 
@@ -160,7 +162,24 @@ class TruncatedLogNormal(TorchDistribution):
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles, differentiable in ``loc`` and ``scale``."""
-        return special.truncated_normal_icdf(value, self.loc, self.scale, self.a, self.b).exp()
+        quantile = truncated_normal.quantile(value, self.loc, self.scale, self.a, self.b)
+        return quantile.to(self.loc.dtype).exp()
+
+    def log_terms(self) -> truncated_normal.Terms:
+        """KL from the uniform distribution, mean and variance of log theta, in float64.
+
+        Nothing cancels where loc is far outside of [a, b] (Neklyudov et al. 2017, eq. 10, for the KL).
+        """
+        if self._terms is not None:
+            return self._terms
+        terms = truncated_normal.terms(self.loc, self.scale, self.a, self.b)
+        if self._remembers:
+            self._terms = terms
+        return terms
+
+    def log_uniform_kl(self) -> Tensor:
+        """KL from the log-uniform distribution on the same interval (Neklyudov et al. 2017, eq. 10), elementwise."""
+        return self.log_terms().kl.to(self.loc.dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
         """(Phi(t) - Phi(lo)) / (Phi(hi) - Phi(lo)) with t, lo, hi in units of the Normal before the cut."""
@@ -179,9 +198,8 @@ class TruncatedLogNormal(TorchDistribution):
             law = value.law()
             if not (isinstance(law, TruncatedLogNormal) and (law.a, law.b) == (self.a, self.b)):
                 raise NotImplementedError(f"TruncatedLogNormal '{self.name}' at noise of another law, {law}")
-            if law.loc is not self.loc or law.scale is not self.scale:
-                return -law.entropy() - _kl(law, self)
-            return -law.entropy()
+            same = _same(law.loc, self.loc) and _same(law.scale, self.scale)
+            return value.expected_log_law() if same else value.expected_log_law() - _kl(law, self)
         log_value = value.to(torch.float64).log()
         lo, t, hi = (self._standardized(end) for end in (self.a, log_value, self.b))
         density = -0.5 * t.square() - special.LOG_SQRT_2PI - self.scale.to(torch.float64).log() - log_value
@@ -191,11 +209,6 @@ class TruncatedLogNormal(TorchDistribution):
         return torch.where(inside, density, -torch.inf).to(self.loc.dtype)
 
     # ----------------------------------------------------------------- moments
-
-    @property
-    def log_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of log theta, in float64, without cancellation where loc is far outside of [a, b]."""
-        return truncated_normal_moments(self.loc, self.scale, self.a, self.b)
 
     def moment(self, order: float) -> Tensor:
         """E theta^order (Neklyudov et al. 2017, eq. 11), in float64."""
@@ -218,7 +231,7 @@ class TruncatedLogNormal(TorchDistribution):
         Where log theta hardly varies, E theta^2 - (E theta)^2 has no digits left; Var log theta has all of them, and
         the two agree up to a relative error of the order of its square root.
         """
-        _, variance = self.log_moments
+        variance = self.log_terms().variance
         mean = self.moment(1.0)
         ratio = self.moment(2.0) / mean.square() - 1
         return torch.where(variance < 1e-10, variance, ratio)
@@ -235,13 +248,13 @@ class TruncatedLogNormal(TorchDistribution):
 
     def entropy(self) -> Tensor:
         """H(theta) = log(b - a) - KL(q || TruncatedLogUniform) + E log theta."""
-        kl = special.truncated_log_normal_kl(self.loc, self.scale, self.a, self.b)
-        return math.log(self.b - self.a) - kl + self.log_moments[0].to(self.loc.dtype)
+        terms = self.log_terms()
+        return (math.log(self.b - self.a) - terms.kl + terms.mean).to(self.loc.dtype)
 
 
 def _kl(q: TruncatedLogNormal, p: TruncatedLogNormal) -> Tensor:
     """KL between two on one interval: the Normals' log ratio, expected, and the ratio of their masses."""
-    mean, variance = q.log_moments
+    _, mean, variance = q.log_terms()
 
     def expected_log_density(d: TruncatedLogNormal) -> Tensor:
         loc, scale = d.loc.to(torch.float64), d.scale.to(torch.float64)
@@ -249,27 +262,3 @@ def _kl(q: TruncatedLogNormal, p: TruncatedLogNormal) -> Tensor:
         return -0.5 * ((mean - loc).square() + variance) / scale.square() - scale.log() - mass
 
     return (expected_log_density(q) - expected_log_density(p)).to(q.loc.dtype)
-
-
-def truncated_normal_moments(mu: Tensor, sigma: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Mean and variance of Normal(mu, sigma^2) cut to [a, b], in float64; all arguments broadcast.
-
-    Where mu is outside of [a, b] the distance z from the nearer end has the density exp(-x z - z^2/2), whose moments
-    are differences of generalised Mills' ratios, so that nothing is lost however far outside mu is.
-    """
-    mean, deviation, a, b, _ = special._in_float64(mu, sigma, a, b)
-    lo, hi, width = torch.broadcast_tensors((a - mean) / deviation, (b - mean) / deviation, (b - a) / deviation)
-    central = (lo < 0) & (hi > 0)
-    x = special._near_end(lo, hi, central)
-    mass, decay = special._tail_mass(x, width)
-    beyond = [special._mills(x + width, k) for k in range(3)]
-    first = (special._mills(x, 1) - decay * (beyond[1] + width * beyond[0])) / mass
-    second = special._mills(x, 2) - decay * (beyond[2] + 2 * width * beyond[1] + width.square() * beyond[0])
-    tail_mean = torch.where(lo >= 0, a + deviation * first, b - deviation * first)
-    tail_variance = second / mass - first.square()
-    mass, lo, hi = special._central_mass(lo, hi, central)
-    low, high = (torch.exp(-0.5 * end.square() - special.LOG_SQRT_2PI) / mass for end in (lo, hi))
-    middle_variance = 1 + lo * low - hi * high - (low - high).square()
-    middle_mean = mean + deviation * (low - high)
-    variance = deviation.square() * torch.where(central, middle_variance, tail_variance)
-    return torch.where(central, middle_mean, tail_mean), variance
