@@ -9,11 +9,7 @@ al. 2023, "DepGraph"). Both are checked against the outputs of the network in do
 from __future__ import annotations
 
 import copy
-import re
-import sys
-import warnings
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,73 +17,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyro_vdo.constancy import DataDependentError, known_inputs
+from pyro_vdo.dependency import (
+    CONVOLUTIONS,
+    KNOWN,
+    LAYERS,
+    ExportError,
+    Unit,
+    columns,
+    find_units,
+    graph_of,
+    is_transposed,
+    read_unit,
+    rows,
+    torch_pruning_module,
+)
 from pyro_vdo.sparse_layers import Select
 
-_CONVOLUTIONS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
-_LAYERS = (nn.Linear, *_CONVOLUTIONS)
-_BY_CHANNEL = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU)
-_KNOWN = (*_LAYERS, *_BY_CHANNEL, nn.Embedding)
-# Autograd names of what treats each channel alone. What is not here keeps its channels.
-_BY_ELEMENT = re.compile(
-    "(Relu|Add|Sub|Rsub|Mul|Div|Neg|Sigmoid|LogSigmoid|Tanh|Gelu|Silu|Elu|Selu|Celu|LeakyRelu|Hardtanh|Hardswish|"
-    "Hardsigmoid|Softplus|Mish|Clamp|ClampMin|ClampMax|Pow|Exp|Log|Sqrt|Rsqrt|Square|Abs|Sin|Cos|Threshold|Maximum|"
-    "Minimum|PreluKernel|Mean|Sum|Squeeze|Unsqueeze|T|Transpose|Permute|Clone|ToCopy|Alias|View|UnsafeView|Dropout|"
-    "NativeDropout|ConstantPadNd|ReflectionPad.*|ReplicationPad.*|Upsample.*|(Mkldnn|Adaptive|Max|Avg).*Pool.*)"
-    "Backward[0-9]*"
-)
 #: a selection of inputs costs a pass over them, which pays when at least this part of them is dead
 DEAD_INPUTS = 0.2
-
-
-class ExportError(RuntimeError):
-    """The network cannot be exported as asked; the message says what to do instead."""
-
-
-def _torch_pruning() -> Any:
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ExportError(
-            "form='compact' needs torch-pruning for the dependency graph of the network. Install it with "
-            "pip install 'pyro-vdo[compact]', or use form='sparse', which needs nothing more."
-        ) from error
-    return torch_pruning
-
-
-@dataclass
-class _Unit:
-    """The dependency group of the outputs of one layer: for each output, what would go with it."""
-
-    size: int
-    blocked: bool
-    producers: list[tuple[nn.Module, Tensor, Tensor]]  # (layer, output of the layer, output of the root)
-    consumers: list[tuple[nn.Module, Tensor, Tensor]]  # (layer, input of the layer, output of the root)
-
-    def read(self) -> Tensor:
-        """For each output of the root whether anything reads it."""
-        result = torch.full((self.size,), self.blocked)
-        for layer, inputs, roots in self.consumers:
-            result[roots[_columns(layer).any(1)[inputs]]] = True
-        return result
-
-
-def _is_transposed(layer: nn.Module) -> bool:
-    """True where the inputs come first in the weight."""
-    return isinstance(layer, nn.Embedding) or (isinstance(layer, _CONVOLUTIONS) and layer.transposed)
-
-
-def _columns(layer: Any) -> Tensor:
-    """Which weights are not zero, as (inputs, others)."""
-    weight: Tensor = layer.weight.detach()
-    return (weight if _is_transposed(layer) else weight.transpose(0, 1)).flatten(1) != 0
-
-
-def _rows(layer: Any) -> Tensor:
-    """The weight with its outputs first, as a view."""
-    weight: Tensor = layer.weight
-    return weight.transpose(0, 1) if _is_transposed(layer) else weight
 
 
 def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
@@ -108,7 +55,7 @@ def compact_module(module: nn.Module, example_inputs: Any, *, select_inputs: boo
     :param select_inputs: put :class:`Select` before layers of which at least 20% of the inputs are dead still.
     :raises ExportError: without torch-pruning, or where the network cannot be followed.
     """
-    tp = _torch_pruning()
+    tp = torch_pruning_module()
     with torch.inference_mode(False), torch.enable_grad():
         result = copy.deepcopy(module).eval()
         wanted = {name: p.requires_grad for name, p in result.named_parameters()}
@@ -152,20 +99,15 @@ class _Check:
         return [t for t in outputs if isinstance(t, Tensor)]
 
     def holds(self, module: nn.Module) -> bool:
-        """True where ``module`` has the outputs of the original."""
-        outputs = self._outputs(module)
+        """True where ``module`` runs and has the outputs of the original."""
+        try:
+            outputs = self._outputs(module)
+        except (RuntimeError, IndexError, ValueError):  # shapes that do not fit together any more
+            return False
         return len(outputs) == len(self.reference) and all(
             a.shape == b.shape and torch.allclose(a, b, rtol=self.tolerance, atol=self.tolerance, equal_nan=True)
             for a, b in zip(outputs, self.reference, strict=True)
         )
-
-    def require(self, module: nn.Module, what: str) -> None:
-        """Raise where :meth:`holds` is false."""
-        if not self.holds(module):
-            raise ExportError(
-                f"compact: {what} would change the outputs of this network, which uses its weights in a way that was "
-                "not understood (outside of their layers, for example). Use form='sparse'."
-            )
 
     def restore(self, module: nn.Module) -> nn.Module:
         """``module`` in the precision of the original."""
@@ -187,22 +129,36 @@ def _noise(t: Tensor, generator: torch.Generator) -> Tensor:
 
 def _clear(tp: Any, module: nn.Module, check: _Check) -> None:
     """Move constants into biases and clear the weights of what nobody reads, until nothing changes."""
-    named = {name: layer for name, layer in module.named_modules() if type(layer) in _KNOWN}
+    named = {name: layer for name, layer in module.named_modules() if type(layer) in KNOWN}
     try:
         once = known_inputs(module, named, check.example)
     except DataDependentError as error:
         raise ExportError(f"compact: {error}. Use form='sparse'.") from error
     alone = {name for name in once if not _shares(module, named[name])}
-    layers = {name: named[name] for name in alone if type(named[name]) in _LAYERS}
-    units = _units(tp, module, check, {id(named[name]) for name in alone})
+    layers = {name: named[name] for name in alone if type(named[name]) in LAYERS}
+    units = find_units(tp, module, check.example, {id(named[name]) for name in alone})
     inputs = {name: x for name, x in once.items() if name in layers}
+    original = copy.deepcopy(module.state_dict())
+    for forget in (True, False):  # without what the graph says, if that turns out to be incomplete
+        _settle(module, layers, inputs, units if forget else [], check)
+        if check.holds(module):
+            return
+        _restore(module, original)
+    raise ExportError(
+        "compact: moving constant activations into the biases would change the outputs of this network, which uses its "
+        "weights outside of their layers. Use form='sparse'."
+    )
+
+
+def _settle(
+    module: nn.Module, layers: dict[str, nn.Module], inputs: dict[str, Tensor], units: list[Unit], check: _Check
+) -> None:
     changed = True
     while changed:
         changed = any([_fold(layers[name], x) for name, x in inputs.items()])  # noqa: C419  every layer, not the first
         changed |= any([_forget_unread(unit) for unit in units])  # noqa: C419
         if changed:
             inputs = known_inputs(module, layers, check.example)
-    check.require(module, "moving constant activations into the biases")
 
 
 def _shares(module: nn.Module, layer: nn.Module) -> bool:
@@ -211,16 +167,24 @@ def _shares(module: nn.Module, layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def _restore(module: nn.Module, state: dict[str, Tensor]) -> None:
+    for path, layer in module.named_modules():
+        if "bias" in layer._parameters and (f"{path}.bias" if path else "bias") not in state:
+            layer._parameters["bias"] = None  # added by _fold
+    module.load_state_dict(state)
+
+
+@torch.no_grad()
 def _fold(layer: Any, x: Tensor) -> bool:
     """Add what constant inputs contribute to the bias, and set their weights to zero. True if there were any."""
-    fold = _fold_convolution if isinstance(layer, _CONVOLUTIONS) else _fold_linear
+    fold = _fold_convolution if isinstance(layer, CONVOLUTIONS) else _fold_linear
     inputs, contribution = fold(layer, x)
     if not len(inputs):
         return False
     if layer.bias is None:
         layer.bias = nn.Parameter(torch.zeros_like(contribution))
     layer.bias += contribution
-    layer.weight.transpose(0, 0 if _is_transposed(layer) else 1)[inputs] = 0
+    layer.weight.transpose(0, 0 if is_transposed(layer) else 1)[inputs] = 0
     return True
 
 
@@ -228,7 +192,7 @@ def _fold_linear(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """(inputs, what they add to the outputs) of the inputs that are constant and have weights."""
     samples = x.reshape(-1, x.shape[-1])
     constant = (samples == samples[:1]).all(0)  # unknown is not equal to itself
-    inputs = torch.nonzero(constant & _columns(layer).any(1))[:, 0]
+    inputs = torch.nonzero(constant & columns(layer).any(1))[:, 0]
     return inputs, layer.weight[:, inputs] @ samples[0, inputs]
 
 
@@ -242,7 +206,7 @@ def _fold_convolution(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     constant = (x == x[:1]).transpose(0, 1).flatten(1).all(1)
     inputs, zero, total = [], torch.zeros_like(x[:1]), x.new_zeros(layer.out_channels)
     base = layer(zero)
-    for channel in torch.nonzero(constant & _columns(layer).any(1))[:, 0].tolist():
+    for channel in torch.nonzero(constant & columns(layer).any(1))[:, 0].tolist():
         alone = zero.clone()
         alone[0, channel] = x[0, channel]
         added = (layer(alone) - base)[0].flatten(1)
@@ -253,116 +217,16 @@ def _fold_convolution(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _forget_unread(unit: _Unit) -> bool:
+def _forget_unread(unit: Unit) -> bool:
     """Set to zero what feeds units that nothing reads. True if anything was not zero."""
     changed = False
     unread = ~unit.read()
     for layer, outputs, roots in unit.producers:
-        rows = _rows(layer)
-        dead = outputs[unread[roots]].to(rows.device)
-        changed |= bool((rows[dead] != 0).any())
-        rows[dead] = 0
+        weights = rows(layer)
+        dead = outputs[unread[roots]].to(weights.device)
+        changed |= bool((weights[dead] != 0).any())
+        weights[dead] = 0
     return changed
-
-
-# ------------------------------------------------------------------- the dependency graph
-
-
-def _graph(tp: Any, module: nn.Module, check: _Check) -> Any:
-    def forward(model: nn.Module, example: Any) -> list[Tensor]:
-        outputs = [t for t in tree_leaves(model(*example)) if isinstance(t, Tensor) and t.requires_grad]
-        return [t * 1 for t in outputs]  # so that no output is at the same time the output of a layer
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about parameters outside of layers, which are left alone here
-        graph = tp.DependencyGraph().build_dependency(module, check.example, forward_fn=forward)
-    for node in graph.module2node.values():
-        if type(node.module).__name__ == "_ConcatOp":
-            _map_concatenation(node)
-    return graph
-
-
-def _map_concatenation(cat: Any) -> None:
-    """Tell the graph which channels of a concatenation are whose, which torch-pruning 1.6 does not before a flatten."""
-    sizes, dim = cat.module.concat_sizes, getattr(cat.grad_fn, "_saved_dim", None)
-    if dim != 1 or not sizes or None in sizes or len(sizes) != len(cat.inputs):
-        return
-    first, done = 0, set()
-    for source, size in zip(cat.inputs, sizes, strict=True):
-        for end, other, shift in ((source, cat, first), (cat, source, -first)):
-            edge = next((d for d in end.dependencies if d.target is other and id(d) not in done), None)
-            if edge is not None:
-                done.add(id(edge))
-                if edge.index_mapping[1] is None:
-                    edge.index_mapping[1] = _Shift(shift, (sum(sizes) if end is source else size))
-        first += size
-
-
-class _Shift:
-    """Move channel indices by ``offset`` and forget those that fall outside of ``range(size)``."""
-
-    def __init__(self, offset: int, size: int) -> None:
-        self.offset, self.size = offset, size
-
-    def __call__(self, indices: list[Any]) -> list[Any]:
-        moved = [i._replace(idx=i.idx + self.offset) for i in indices]
-        return [i for i in moved if 0 <= i.idx < self.size]
-
-
-def _units(tp: Any, module: nn.Module, check: _Check, free: set[int]) -> list[_Unit]:
-    graph = _graph(tp, module, check)
-    result: list[_Unit] = []
-    covered: set[int] = set()
-    for layer in module.modules():
-        if type(layer) in (*_LAYERS, nn.Embedding) and layer in graph.module2node and id(layer) not in covered:
-            size = _rows(layer).shape[0]
-            function = graph.get_pruner_of_module(layer).prune_out_channels
-            group = graph.get_pruning_group(layer, function, list(range(size)))
-            unit = _unit(graph, size, group, free)
-            covered |= {id(producer) for producer, outputs, _ in unit.producers if len(outputs) == len(_rows(producer))}
-            result.append(unit)
-    return result
-
-
-def _unit(graph: Any, size: int, group: Any, free: set[int]) -> _Unit:
-    unit = _Unit(size, False, [], [])
-    for item in group:
-        target = item.dep.target.module
-        index, roots = torch.tensor(item.idxs, dtype=torch.long), torch.tensor(item.root_idxs, dtype=torch.long)
-        if isinstance(target, nn.Parameter) or not _is_harmless(target, free) or bool((index >= _size(item)).any()):
-            unit.blocked = True
-        elif _is_depthwise(target):
-            unit.producers.append((target, index, roots))
-        elif type(target) in _LAYERS and graph.is_in_channel_pruning_fn(item.dep.handler):
-            unit.consumers.append((target, index, roots))
-        elif type(target) in (*_LAYERS, nn.Embedding):
-            unit.producers.append((target, index, roots))
-    return unit
-
-
-def _size(item: Any) -> int:
-    """How many units the target of a dependency has; the graph has got it wrong where it names others."""
-    target = item.dep.target.module
-    if type(target) not in (*_LAYERS, nn.Embedding):
-        return sys.maxsize
-    outputs = item.dep.handler.__name__ == "prune_out_channels"
-    return len(_rows(target)) if outputs else len(_columns(target))
-
-
-def _is_depthwise(layer: nn.Module) -> bool:
-    if not isinstance(layer, _CONVOLUTIONS):
-        return False
-    return layer.groups == layer.in_channels == layer.out_channels > 1
-
-
-def _is_harmless(target: nn.Module, free: set[int]) -> bool:
-    kind = type(target).__name__
-    if type(target) in _KNOWN:
-        grouped = isinstance(target, _CONVOLUTIONS) and target.groups > 1 and not _is_depthwise(target)
-        return id(target) in free and not grouped
-    if kind == "_ElementWiseOp":
-        return _BY_ELEMENT.fullmatch(str(target._grad_fn)) is not None
-    return kind in ("_ConcatOp", "_SplitOp", "_ReshapeOp")
 
 
 # ------------------------------------------------------------------- removal
@@ -370,7 +234,7 @@ def _is_harmless(target: nn.Module, free: set[int]) -> bool:
 
 def _remove(tp: Any, module: nn.Module, check: _Check) -> nn.Module:
     """A copy of ``module`` without the units that nothing reads."""
-    names = [name for name, layer in module.named_modules() if type(layer) in (*_LAYERS, nn.Embedding)]
+    names = [name for name, layer in module.named_modules() if type(layer) in (*LAYERS, nn.Embedding)]
     while names:
         result = copy.deepcopy(module)
         removed = [name for name in names if _remove_units(tp, result, check, name)]
@@ -389,22 +253,22 @@ def _is_exact_alone(tp: Any, module: nn.Module, check: _Check, name: str) -> boo
 def _remove_units(tp: Any, module: nn.Module, check: _Check, name: str) -> bool:
     """Remove, in place, the outputs of one layer that nothing reads, with all that belongs to them."""
     layer = module.get_submodule(name)
-    size = _rows(layer).shape[0]
+    size = rows(layer).shape[0]
     try:
-        graph = _graph(tp, module, check)
+        graph = graph_of(tp, module, check.example)
     except RuntimeError:  # an earlier removal has broken the network, which the caller will see
         return False
     if layer not in graph.module2node:
         return False
     function = graph.get_pruner_of_module(layer).prune_out_channels
     free = {id(m) for m in module.modules()}
-    unit = _unit(graph, size, graph.get_pruning_group(layer, function, list(range(size))), free)
+    unit = read_unit(graph, size, graph.get_pruning_group(layer, function, list(range(size))), free)
     dead = torch.nonzero(~unit.read())[:, 0].tolist()
     dead = dead[1:] if len(dead) == size else dead  # torch's layers want at least one unit
     if not dead:
         return False
     group = graph.get_pruning_group(layer, function, dead)
-    part = _unit(graph, size, group, free)
+    part = read_unit(graph, size, group, free)
     if bool(part.read()[dead].any()) or not graph.check_pruning_group(group):
         return False
     group.prune()
@@ -416,15 +280,16 @@ def insert_selects(module: nn.Module) -> nn.Module:
     selected = {}
     for child in module.modules():
         if type(child) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and not _shares(module, child):
-            read = _columns(child).any(1)
-            if int((~read).sum()) >= DEAD_INPUTS * len(read) and getattr(child, "groups", 1) == 1:
+            read = columns(child).any(1)
+            dead = int((~read[1:]).sum())  # at least one has to stay
+            if dead and dead >= DEAD_INPUTS * len(read) and getattr(child, "groups", 1) == 1:
                 selected[id(child)] = _selected(child, read)
     if id(module) in selected:
         return selected[id(module)]
     for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in selected:
-                parent._modules[name] = selected[id(child)]
+        for name, part in list(parent._modules.items()):
+            if part is not None and id(part) in selected:
+                parent._modules[name] = selected[id(part)]
     return module
 
 
@@ -438,5 +303,5 @@ def _selected(layer: Any, read: Tensor) -> nn.Module:
         smaller.in_features = len(index)
     else:
         smaller.in_channels = len(index)
-    parts = OrderedDict(select=Select(index, len(read), dim), layer=smaller)
+    parts = OrderedDict(select=Select.of(index, len(read), dim), layer=smaller)
     return nn.Sequential(parts).train(layer.training)

@@ -18,18 +18,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 aten = torch.ops.aten
 
 # Move values, or sum and compare them in a way that a NaN survives.
-_CARRY_NAN = frozenset(
-    getattr(aten, name)
-    for name in (
-        "_unsafe_view _reshape_alias view reshape permute transpose t numpy_T expand unsqueeze squeeze slice select "
-        "split split_with_sizes unbind chunk narrow alias detach as_strided unfold diagonal clone contiguous cat stack "
-        "constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pixel_shuffle flip roll "
-        "repeat copy_ _to_copy sum mean avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-        "max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d "
-        "_native_batch_norm_legit_no_training native_batch_norm lift_fresh"
-    ).split()
-    if hasattr(aten, name)
-)
+_CARRY_NAN_NAMES = """
+    _unsafe_view _reshape_alias view reshape permute transpose t numpy_T expand unsqueeze squeeze slice select split
+    split_with_sizes unbind chunk narrow alias detach as_strided unfold diagonal clone contiguous cat stack
+    constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pixel_shuffle flip roll repeat
+    copy_ _to_copy sum mean avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+    max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d
+    _native_batch_norm_legit_no_training native_batch_norm lift_fresh
+"""
+_CARRY_NAN = frozenset(getattr(aten, name) for name in _CARRY_NAN_NAMES.split() if hasattr(aten, name))
 _TO_PYTHON = frozenset({aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero})
 
 

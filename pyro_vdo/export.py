@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_vdo import _compat
 from pyro_vdo import relevance as relevance_of
-from pyro_vdo.compact import ExportError, compact_module, insert_selects
+from pyro_vdo.compact import compact_module, insert_selects
+from pyro_vdo.dependency import ExportError
 from pyro_vdo.modules import bayesian_weights, plain_class
 from pyro_vdo.sparse_layers import sparsify
 from pyro_vdo.units import fold_unit_noise, unit_posteriors, unit_scales
@@ -126,9 +127,10 @@ def _finish(module: nn.Module, form: str | None, example_inputs: Any, data: Iter
 
 
 def _example_inputs(module: nn.Module) -> Tensor:
-    first = next((child for child in module.modules() if not isinstance(child, nn.Sequential)), module)
-    plain = all(type(child) is nn.Sequential for child in module.modules() if child is not first and len(list(child)))
-    if type(first) is nn.Linear and (plain or isinstance(module, nn.Sequential)):
+    first = module
+    while type(first) is nn.Sequential and len(first):
+        first = first[0]
+    if type(first) is nn.Linear:
         return torch.zeros(2, first.in_features, dtype=first.weight.dtype, device=first.weight.device)
     raise ExportError(
         "form='compact' follows the network from its inputs to its outputs and needs example_inputs=..., a tensor (or "
@@ -237,8 +239,10 @@ def _make_plain(module: PyroModule, path: str, values: Values) -> None:
     constrained = {name: getattr(module, name).detach().clone() for name in _compat.constrained_names(module)}
     for name in _compat.shared_context_fields(module):
         del module.__dict__[name]
-    module.__class__ = plain
-    others = {name: p for name, p in module._parameters.items() if name.removesuffix("_unconstrained") not in constrained}
+    module.__class__ = plain  # type: ignore[assignment]
+    others = {
+        name: p for name, p in module._parameters.items() if name.removesuffix("_unconstrained") not in constrained
+    }
     module._parameters.clear()
     for name in sampled:
         like = module._buffers.pop(name, None)

@@ -133,7 +133,7 @@ class SparsityTable:
     def __str__(self) -> str:
         columns = ["shape", "weights", "kept", "zero %", "compression", "dead inputs", "dead outputs"]
         zero = 100 * (1 - self.kept / self.weights) if self.weights else 0.0
-        total = ["", f"{self.weights:,}", f"{self.kept:,}", f"{zero:.2f}", f"{self.compression:.1f}x", "", ""]
+        total = ["", f"{self.weights:,}", f"{self.kept:,}", f"{zero:.2f}", _times(self.compression), "", ""]
         shown = pd.DataFrame([*map(_row, self.frame.to_dict("records")), total], columns=columns)
         shown.index = pd.Index([*self.frame.index, "total"])
         lines = [shown.to_string()]
@@ -148,11 +148,15 @@ class SparsityTable:
         return self.frame._repr_html_()  # type: ignore[no-any-return,operator]
 
 
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}x" if math.isfinite(ratio) else "inf"
+
+
 def _row(row: Mapping[Any, Any]) -> list[str]:
     dead = [
         "-" if pd.isna(row[unit]) else f"{row[f'dead {unit}']:,} of {row[unit]:,}" for unit in ("inputs", "outputs")
     ]
-    counts = [f"{row['weights']:,}", f"{row['kept']:,}", f"{row['zero %']:.2f}", f"{row['compression']:.1f}x"]
+    counts = [f"{row['weights']:,}", f"{row['kept']:,}", f"{row['zero %']:.2f}", _times(row["compression"])]
     return [row["shape"], *counts, *dead]
 
 

@@ -73,18 +73,23 @@ class _Csr(nn.Module):
     values: Tensor
     bias: Tensor | None
 
-    def __init__(self, rows: int, columns: int, matrix: Tensor | None, bias: Tensor | None) -> None:
+    def __init__(self, rows: int, columns: int, nonzero: int, bias: bool) -> None:
         super().__init__()
         self.matrix_shape = (rows, columns)
-        dense = torch.zeros(rows, columns) if matrix is None else matrix.detach()
-        kept = dense.nonzero()
-        counts = torch.bincount(kept[:, 0], minlength=rows)
-        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        self.register_buffer("crow", crow.int())
-        self.register_buffer("col", kept[:, 1].int().contiguous())
-        self.register_buffer("values", dense[kept[:, 0], kept[:, 1]].contiguous())
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("crow", torch.zeros(rows + 1, dtype=torch.int32))
+        self.register_buffer("col", torch.zeros(nonzero, dtype=torch.int32))
+        self.register_buffer("values", torch.zeros(nonzero))
+        self.register_buffer("bias", torch.zeros(rows) if bias else None)
         self._cached: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def set_dense(self, matrix: Tensor, bias: Tensor | None) -> None:
+        """Take the nonzero elements of a dense matrix, and a bias."""
+        matrix = matrix.detach()
+        kept = matrix.nonzero()
+        counts = torch.bincount(kept[:, 0], minlength=matrix.shape[0])
+        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        self.set_csr(crow, kept[:, 1].contiguous(), matrix[kept[:, 0], kept[:, 1]].contiguous())
+        self.bias = None if bias is None else bias.detach().clone()
 
     def set_csr(self, crow: Tensor, col: Tensor, values: Tensor) -> None:
         """Replace the matrix by another of the same shape; ``crow`` and ``col`` as in ``torch.sparse_csr_tensor``."""
@@ -122,23 +127,29 @@ class _Csr(nn.Module):
 class SparseLinear(_Csr):
     """``nn.Linear`` for a weight with few nonzeros: y = x W^T + b for x of shape (*batch, in_features).
 
-    :param weight: dense weight of shape (out_features, in_features), whose zeros are left out.
-    :param bias: shape (out_features,), or None.
+    The constructor makes room for ``nonzero`` weights; :meth:`from_dense` fills it.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, weight: Tensor | None = None, bias: Tensor | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        nonzero: int = 0,
+        bias: bool = True,
+        *,
+        transposed_result: bool = False,
     ) -> None:
-        super().__init__(out_features, in_features, weight, bias)
-        self.in_features = in_features
-        self.out_features = out_features
+        super().__init__(out_features, in_features, nonzero, bias)
+        self.in_features, self.out_features = in_features, out_features
         #: leave the result in the memory order in which it is computed: right where a linear layer comes next
-        self.transposed_result = False
+        self.transposed_result = transposed_result
 
     @classmethod
     def from_dense(cls, layer: nn.Linear) -> SparseLinear:
         """The same map as ``layer``."""
-        return cls(layer.in_features, layer.out_features, weight=layer.weight, bias=layer.bias)
+        sparse = cls(layer.in_features, layer.out_features)
+        sparse.set_dense(layer.weight, layer.bias)
+        return sparse
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*batch, in_features) to (*batch, out_features)."""
@@ -169,9 +180,11 @@ class SparseConv2d(_Csr):
     A tap (input channel, kernel row, kernel column) that some output uses is one long run of the padded image, row
     after row. The runs of all taps in use are copied below each other, and one sparse product sums them.
 
-    :param taps: positions of the taps in use in the flattened (in_channels, *kernel_size), increasing.
-    :param weight: dense matrix of shape (out_channels, taps), whose zeros are left out.
-    :param bias: shape (out_channels,), or None.
+    The constructor makes room for ``taps`` taps and ``nonzero`` weights; :meth:`from_dense` fills it.
+
+    :param taps: number of taps in use; the buffer ``taps`` holds their positions in the flattened
+        (in_channels, *kernel_size), increasing.
+    :param padding: left, right, top, bottom.
     """
 
     taps: Tensor
@@ -181,20 +194,19 @@ class SparseConv2d(_Csr):
         in_channels: int,
         out_channels: int,
         kernel_size: tuple[int, int],
-        *,
-        taps: Tensor,
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int, int, int] = (0, 0, 0, 0),
         dilation: tuple[int, int] = (1, 1),
         padding_mode: str = "zeros",
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
+        taps: int = 0,
+        nonzero: int = 0,
+        bias: bool = True,
     ) -> None:
-        super().__init__(out_channels, taps.numel(), weight, bias)
+        super().__init__(out_channels, taps, nonzero, bias)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
-        self.padding, self.padding_mode = padding, padding_mode  # left, right, top, bottom
-        self.register_buffer("taps", taps.long())
+        self.padding, self.padding_mode = padding, padding_mode
+        self.register_buffer("taps", torch.zeros(taps, dtype=torch.long))
         self._offsets: tuple[Any, Tensor] | None = None
 
     @classmethod
@@ -202,18 +214,19 @@ class SparseConv2d(_Csr):
         """The same map as ``layer``, of any stride, padding, dilation and groups."""
         rows = _full_rows(layer)
         taps = rows.any(0).nonzero()[:, 0]
-        return cls(
+        sparse = cls(
             layer.in_channels,
             layer.out_channels,
             (layer.kernel_size[0], layer.kernel_size[1]),
-            taps=taps,
-            stride=(layer.stride[0], layer.stride[1]),
-            padding=_padding(layer),
-            dilation=(layer.dilation[0], layer.dilation[1]),
-            padding_mode=layer.padding_mode,
-            weight=rows[:, taps],
-            bias=layer.bias,
+            (layer.stride[0], layer.stride[1]),
+            _padding(layer),
+            (layer.dilation[0], layer.dilation[1]),
+            layer.padding_mode,
+            len(taps),
         )
+        sparse.taps = taps
+        sparse.set_dense(rows[:, taps], layer.bias)
+        return sparse
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ([batch,] in_channels, height, width) to ([batch,] out_channels, height', width')."""
@@ -280,17 +293,24 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
 class Select(nn.Module):
     """Picks the features that a layer still reads: ``x.index_select(dim, index)``.
 
-    :param index: the features to keep, increasing.
+    :param kept: number of features to keep; the buffer ``index`` holds which, increasing (:meth:`of` fills it).
     :param features: number of features before.
     :param dim: their dimension: -1, or -3 for the channels of an image.
     """
 
     index: Tensor
 
-    def __init__(self, index: Tensor, features: int, dim: int = -1) -> None:
+    def __init__(self, kept: int, features: int, dim: int = -1) -> None:
         super().__init__()
-        self.features, self.dim = features, dim
-        self.register_buffer("index", index.long())
+        self.kept, self.features, self.dim = kept, features, dim
+        self.register_buffer("index", torch.zeros(kept, dtype=torch.long))
+
+    @classmethod
+    def of(cls, index: Tensor, features: int, dim: int = -1) -> Select:
+        """The selection of the features ``index``."""
+        select = cls(index.numel(), features, dim)
+        select.index = index.long()
+        return select
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape with ``features`` in ``dim`` to the same shape with ``len(index)`` there."""
@@ -328,9 +348,9 @@ def sparsify(module: nn.Module, *, everywhere: bool = False) -> nn.Module:
     if id(module) in replaced:
         return replaced[id(module)]
     for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in replaced:
-                parent._modules[name] = replaced[id(child)]
+        for name, part in list(parent._modules.items()):
+            if part is not None and id(part) in replaced:
+                parent._modules[name] = replaced[id(part)]
     for parent in module.modules():
         if type(parent) is nn.Sequential:
             _keep_transposed(parent)

@@ -1,0 +1,260 @@
+"""Compact networks: smaller, and equal."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import masks_for, networks
+from torch import Tensor, nn
+
+from pyro_vdo.compact import compact_module
+from pyro_vdo.dependency import ExportError
+from pyro_vdo.export import FORMS, prune_module
+from pyro_vdo.sparse_layers import Select, sparsify
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Equal within float32 rounding, relative to the size of the outputs."""
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(1 + b.detach().abs().max()))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_all_forms_compute_the_same(data: st.DataObject) -> None:
+    net, x = data.draw(networks())
+    masks = data.draw(masks_for(net))
+    weights = {name: net.get_parameter(name).detach() * mask for name, mask in masks.items()}
+    with torch.no_grad():
+        expected = prune_module(net, weights, "masked")(x)
+        for form in FORMS:
+            close(prune_module(net, weights, form, example_inputs=x)(x), expected)
+        everywhere = sparsify(prune_module(net, weights, "masked"), everywhere=True)
+        close(everywhere(x), expected)
+
+
+def zero(net: nn.Module, *names: str) -> nn.Module:
+    with torch.no_grad():
+        for name in names:
+            net.get_parameter(name).zero_()
+    return net.eval()
+
+
+def widths(net: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in net.parameters() if p.dim() > 1]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_dead_neurons_and_inputs_go_and_their_constants_are_folded() -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        net[0].weight[1] = 0  # constant: sigmoid(bias), read by the next layer
+        net[0].weight[:, [0, 3, 5]] = 0  # inputs that nobody reads
+        net[2].weight[:, 2] = 0  # a neuron that nobody reads
+        net[4].weight[:, 0] = 0
+    x = torch.randn(7, 6)
+    small = compact_module(net, x)
+    assert isinstance(small[0][0], Select)
+    assert widths(small) == [(3, 3), (3, 3), (2, 3)]
+    close(small(x), net(x))
+
+
+def test_death_runs_backwards_through_the_network() -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+    with torch.no_grad():
+        net[4].weight[:, 1:] = 0  # so neurons 1.. of the middle layer are unread, ...
+        net[2].weight[0, 2:] = 0  # ... and then neurons 2.. of the first
+    x = torch.randn(7, 6)
+    small = compact_module(net, x)
+    assert widths(small) == [(2, 6), (1, 2), (3, 1)]
+    close(small(x), net(x))
+
+
+def test_a_layer_that_loses_every_weight_makes_the_network_constant() -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    zero(net, "2.weight")
+    x = torch.randn(7, 6)
+    small = compact_module(net, x)
+    assert widths(small) == [(1, 1), (1, 1), (3, 1)]
+    close(small(x), net(x))
+
+
+def test_constant_channels_are_not_folded_across_a_padded_border() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)).eval()
+    with torch.no_grad():
+        net[0].weight[1] = 0
+    x = torch.randn(2, 1, 5, 5)
+    assert net[0].bias[1] != 0
+    small = compact_module(net, x)
+    assert widths(small) == [(2, 1, 3, 3), (2, 2, 3, 3)]  # kept, since it is not the same at the border
+    net[1] = nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect").eval()
+    small = compact_module(net, x)
+    assert widths(small) == [(1, 1, 3, 3), (2, 1, 3, 3)]
+    close(small(x), net(x))
+
+
+def test_channels_go_through_batch_norm_pooling_and_flatten() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    ).eval()
+    with torch.no_grad():
+        net[0].weight[2] = 0
+        net[1].running_mean.normal_()
+        net[1].bias.fill_(0.3)
+    x = torch.randn(2, 1, 6, 6)
+    small = compact_module(net, x)
+    assert widths(small) == [(3, 1, 3, 3), (3, 12)]
+    assert small[1].num_features == 3
+    close(small(x), net(x))
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(x + torch.relu(self.body(x)))
+
+
+def test_a_sum_loses_a_unit_only_if_nothing_reads_it() -> None:
+    net = Sum().eval()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        net.head.weight[:, [1, 4]] = 0
+        net.body.weight[:, 1] = 0  # unit 1 is read by nobody, unit 4 by the body
+    small = compact_module(net, x, select_inputs=False)
+    assert widths(small) == [(5, 4), (5, 5), (2, 5)]
+    close(small(x), net(x))
+
+
+def test_branches_before_a_flatten() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(1, 3, 1), nn.Conv2d(1, 2, 1), nn.Linear(20, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.a(x), self.b(x)], 1).flatten(1))
+
+    net = Net().eval()
+    with torch.no_grad():
+        net.head.weight[:, 4:8] = 0  # channel 1 of a
+        net.head.weight[:, 16:20] = 0  # channel 1 of b
+    x = torch.randn(3, 1, 2, 2)
+    small = compact_module(net, x)
+    assert widths(small) == [(2, 1, 1, 1), (1, 1, 1, 1), (2, 12)]
+    close(small(x), net(x))
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda x: x.softmax(-1),
+        lambda x: x / x.norm(dim=-1, keepdim=True),
+        lambda x: x - x.mean(-1, keepdim=True),
+        lambda x: x @ x.transpose(-1, -2),
+        lambda x: x.flip(-1),
+        lambda x: torch.where(x > 0, x, 2.0),
+        lambda x: (x > 0).float() + x.sort(-1).values,
+        lambda x: nn.functional.layer_norm(x, x.shape[-1:]),
+    ],
+)
+def test_what_mixes_units_keeps_them(mixing: object) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(mixing(self.first(x)))  # type: ignore[operator]
+
+    net = Net().eval()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        net.first.weight[1] = 0
+        net.last.weight[:, 2] = 0
+    close(compact_module(net, x)(x), net(x))
+
+
+def test_weights_that_are_used_outside_of_their_layer() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x)) @ self.first.weight)
+
+    net = Net().eval()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        net.last.weight[:, 1] = 0
+        net.first.weight[1] = 0
+    try:
+        close(compact_module(net, x)(x), net(x))
+    except ExportError as error:
+        assert "Use form='sparse'" in str(error)  # noqa: PT017  either is right
+
+
+def test_shared_and_repeated_layers_stay() -> None:
+    inner = nn.Linear(4, 4)
+    net = nn.Sequential(inner, nn.ReLU(), inner, nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        inner.weight[1] = 0
+    x = torch.randn(3, 4)
+    small = compact_module(net, x, select_inputs=False)
+    assert small[0].weight.shape == (4, 4)
+    close(small(x), net(x))
+
+
+def test_embeddings_lose_columns_and_integer_inputs_are_followed() -> None:
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    with torch.no_grad():
+        net[0].weight[:, 1] = 0.5  # the same for all entries
+        net[0].weight[:, 2] = 0
+        net[1].weight[:, 3] = 0
+    x = torch.randint(10, (3, 5))
+    small = compact_module(net, x)
+    assert small[0].weight.shape == (10, 1)
+    close(small(x), net(x))
+
+
+def test_decisions_by_value_are_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if x.sum() > 0 else x
+
+    with pytest.raises(ExportError, match="Python"):
+        compact_module(Net(), torch.ones(1, 2))
+
+
+def test_the_original_and_the_random_state_are_left_alone() -> None:
+    net = zero(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), "0.weight").train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    small = compact_module(net, torch.randn(2, 6, generator=torch.Generator()))
+    assert torch.equal(state, torch.get_rng_state())
+    assert net.training
+    assert not small.training
+    assert {p.dtype for p in small.parameters()} == {torch.float32}
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_without_torch_pruning_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ExportError, match=r"pyro-vdo\[compact\]"):
+        compact_module(nn.Linear(2, 2), torch.ones(1, 2))
