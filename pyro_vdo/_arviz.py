@@ -113,6 +113,8 @@ def loo_approximate(
     elpd = _logsumexp(smoothed + ll)
     lppd = _logsumexp(ll) - np.log(ll.sizes["__sample__"])
     good_k = min(1 - 1 / np.log10(ll.sizes["__sample__"]), 0.7)
+    if bool((khat > good_k).any()):
+        warnings.warn(f"k-hat is above {good_k:.2f} for some data points: their LOO is not reliable", stacklevel=3)
     entries = {
         "elpd_loo": float(elpd.sum()),
         "se": float((elpd.size * elpd.var()) ** 0.5),

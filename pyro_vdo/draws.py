@@ -86,7 +86,7 @@ class Batch:
     log_likelihood: dict[str, Tensor]
     log_p: Tensor
     log_q: Tensor
-    proper: Tensor  # log p under the proper stand-in of improper priors, minus log p
+    proper: Tensor  # log p with a proper stand-in for improper priors
 
 
 class Sampler:
@@ -151,25 +151,30 @@ class Sampler:
         return guide_trace, self._run(self.model, size, _Insert(values))
 
     def _can_vectorize(self) -> bool:
-        """Whether two draws at once give what the second of them gives alone."""
+        """Whether some draws at once give what one of them gives alone."""
+        arguments = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        sizes = {size for shaped in (*arguments, *self.sites.values()) for size in shaped.shape}
+        few = next(n for n in range(2, len(sizes) + 3) if n not in sizes)  # or an error of shapes might stay hidden
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                guide_trace, model_trace = self._pass(2)
-                together = self._collect(guide_trace, model_trace, 2, {})
-                values = {n: self._second(guide_trace.nodes[n]["value"], self.sites[n]) for n in self._latent()}
+                guide_trace, model_trace = self._pass(few)
+                together = self._collect(guide_trace, model_trace, few, {})
+                values = {n: self._last(guide_trace.nodes[n]["value"], self.sites[n], few) for n in self._latent()}
                 alone = self._collect(guide_trace, self._run(self.model, None, _Insert(values)), None, {})
         except (RuntimeError, ValueError, IndexError, AssertionError, NotImplementedError, TypeError):
             # The model is not written for batches of draws; if it is wrong in itself, the single draws will say so.
             return False
-        pairs = [(together.log_likelihood[n][1], alone.log_likelihood[n][0]) for n in alone.log_likelihood]
-        pairs.append((together.log_p[1], alone.log_p[0]))
+        pairs = [(together.log_likelihood[n][-1], alone.log_likelihood[n][0]) for n in alone.log_likelihood]
+        pairs.append((together.log_p[-1], alone.log_p[0]))
         return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
 
-    def _second(self, value: Tensor, site: Site) -> Tensor:
-        """The second of two draws, as a single one."""
-        single = self._drawn(value, site, 2)[1]
-        return PrunedDraw.of(single, self._drawn(value.kept, site, 2)[1]) if isinstance(value, PrunedDraw) else single
+    def _last(self, value: Tensor, site: Site, size: int) -> Tensor:
+        """The last of several draws, as a single one."""
+        single = self._drawn(value, site, size)[-1]
+        if isinstance(value, PrunedDraw):
+            return PrunedDraw.of(single, self._drawn(value.kept, site, size)[-1])
+        return single
 
     def _latent(self) -> list[str]:
         return [name for name, site in self.sites.items() if site.kind == "latent"]
@@ -187,8 +192,11 @@ class Sampler:
         return self._collect(guide_trace, model_trace, size, wanted)
 
     def _collect(self, guide_trace: Any, model_trace: Any, size: int | None, wanted: Mapping[str, Site]) -> Batch:
-        guide_trace.compute_log_prob()
-        model_trace.compute_log_prob()
+        with warnings.catch_warnings():
+            # A weight that is 0 to the last bit, one in some 10^8, is at the pole of an improper density.
+            warnings.filterwarnings("ignore", r"Encountered \+inf: log_prob_sum", UserWarning)
+            guide_trace.compute_log_prob()
+            model_trace.compute_log_prob()
         likelihood = {}
         for name, site in self.sites.items():
             if site.kind == "observed":
@@ -207,7 +215,7 @@ class Sampler:
             likelihood,
             self._total(model_trace, size),
             self._total(guide_trace, size),
-            self._proper_correction(model_trace, size),
+            self._total(model_trace, size, self._proper(model_trace, size)),
         )
 
     def _predict(
@@ -231,12 +239,16 @@ class Sampler:
         room = -1 - self._plate_dim - len(site.batch_shape)
         return value.expand(size, *(1,) * room, *shape).reshape(size, *shape)
 
-    def _total(self, trace: Any, size: int | None) -> Tensor:
-        """Sum of the (scaled and masked) log densities of every site, for each draw."""
+    def _total(self, trace: Any, size: int | None, instead: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Sum of the (scaled and masked) log densities of every site, for each draw.
+
+        :param instead: sums to take in place of a site's own.
+        """
         total = torch.zeros(size or 1, dtype=torch.float64)
-        for site in trace.nodes.values():
+        for name, site in trace.nodes.items():
             if site["type"] == "sample" and not site_is_subsample(site):
-                total = total + self._sum(site["log_prob"], size).to(total)
+                own = instead is None or name not in instead
+                total = total + (self._sum(site["log_prob"], size) if own else instead[name]).to(total)  # type: ignore[index]
         return total
 
     def _sum(self, log_prob: Tensor, size: int | None) -> Tensor:
@@ -245,19 +257,18 @@ class Sampler:
         leading = log_prob.reshape(log_prob.shape[self._plate_dim], -1)
         return leading.double().sum(-1).expand(size)
 
-    def _proper_correction(self, model_trace: Any, size: int | None) -> Tensor:
-        """log N(w; 0, mu^2 + sigma^2) - log p(w), summed over the weights with an improper prior."""
-        total = torch.zeros(size or 1, dtype=torch.float64)
+    def _proper(self, model_trace: Any, size: int | None) -> dict[str, Tensor]:
+        """log N(w; 0, mu^2 + sigma^2) for each draw of the sites with an improper prior."""
+        result = {}
         for name in self.improper:
             site, q = self.sites[name], self.parameters[name]
-            value = self._drawn(model_trace.nodes[name]["value"], site, size)
-            proper = Normal(0.0, (q.loc.square() + q.scale.square()).sqrt().expand(site.shape), validate_args=False)
-            instead = proper.log_prob(value.as_subclass(Tensor))
+            value = self._drawn(model_trace.nodes[name]["value"], site, size).as_subclass(Tensor)
+            scale = (q.loc.square() + q.scale.square()).sqrt().expand(site.shape)
+            log_prob = Normal(0.0, scale, validate_args=False).log_prob(value)
             if q.pruned is not None:
-                instead = instead.masked_fill(q.pruned, 0.0)
-            log_p = self._sum(model_trace.nodes[name]["log_prob"], size)
-            total = total + (instead.flatten(1).double().sum(1) - log_p).to(total)
-        return total
+                log_prob = log_prob.masked_fill(q.pruned, 0.0)
+            result[name] = log_prob.flatten(1).double().sum(1)
+        return result
 
 
 _compat.PREDICTING.add(Sampler._run.__code__)

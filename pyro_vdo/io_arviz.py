@@ -197,8 +197,8 @@ class _Converter:
         self, name: str, site: Site | None, tensors: list[Tensor]
     ) -> tuple[str, tuple[str, ...], Array, Mapping[str, Any]]:
         if site is not None and tensors[0].shape != site.shape:
-            fits = torch.Size(site.shape) == torch.broadcast_shapes(tensors[0].shape, site.shape)
-            site, tensors = (site, [t.expand(site.shape) for t in tensors]) if fits else (None, tensors)
+            same = tensors[0].numel() == torch.Size(site.shape).numel()  # without the 1s that make room for plates
+            site, tensors = (site, [t.reshape(site.shape) for t in tensors]) if same else (None, tensors)
         if site is None:
             dims = tuple(f"{safe(name)}_dim_{i}" for i in range(tensors[0].dim()))
             return safe(name), ("chain", *dims), np.stack([t.cpu().numpy() for t in tensors]), {}
@@ -261,7 +261,7 @@ class _Converter:
                     out[group][name][chain, start:stop] = part.take(source[name])
         stats["lp"][chain, start:stop] = batch.log_p.cpu().numpy()
         stats["log_q"][chain, start:stop] = batch.log_q.cpu().numpy()
-        stats["log_weight_proper"][chain, start:stop] = (batch.log_p + batch.proper - batch.log_q).cpu().numpy()
+        stats["log_weight_proper"][chain, start:stop] = (batch.proper - batch.log_q).cpu().numpy()
 
     def _dtype(self, group: str, name: str) -> Any:
         dtype = self.sites[name].dtype

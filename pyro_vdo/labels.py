@@ -122,7 +122,7 @@ class Labels:
         try:
             return np.atleast_1d(everything.sel({dim: self.sel[dim]}).values)
         except KeyError as error:
-            raise ValueError(f"sel: dimension '{dim}' has no label {error}; it has {labels}") from error
+            raise ValueError(f"sel: dimension '{dim}' has not all of {self.sel[dim]}; it has {labels}") from error
 
     def check_all_seen(self) -> None:
         """Raise for coordinates and selections of dimensions that do not exist."""
