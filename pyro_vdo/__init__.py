@@ -13,6 +13,7 @@ from pyro_vdo.gaussian_dropout import AutoGaussianDropout
 from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, init_to_pretrained, register_posterior
 from pyro_vdo.handlers import local_reparameterization, scale_kl
 from pyro_vdo.history import EarlyStop, History
+from pyro_vdo.joint_optim import JointOptim
 from pyro_vdo.local_reparam import sample_linear, sample_normal
 from pyro_vdo.modules import to_bayesian
 from pyro_vdo.multiplicative import GaussianDropoutNormal
@@ -24,6 +25,7 @@ from pyro_vdo.relevance import SparsityTable, dropout_rate, log_alpha, masks, si
 from pyro_vdo.run import Run
 from pyro_vdo.scale_mixtures import Horseshoe, ScaleMixtureNormal
 from pyro_vdo.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
+from pyro_vdo.special import use_compiled
 from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
 from pyro_vdo.training import fit
 from pyro_vdo.units import (
@@ -61,6 +63,7 @@ __all__ = [
     "History",
     "Horseshoe",
     "ImproperPriorError",
+    "JointOptim",
     "LogUniform",
     "NumericalError",
     "ReuseError",
@@ -107,6 +110,7 @@ __all__ = [
     "unit_posteriors",
     "unit_scales",
     "unit_signal_to_noise",
+    "use_compiled",
 ]
 
 

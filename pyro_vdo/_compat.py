@@ -278,6 +278,12 @@ def is_transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def owned_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The fresh ``tensor`` in another shape, without a base: autograd adds in place only to what owns its memory."""
+    view: Tensor = torch.ops.aten._unsafe_view(tensor, shape)
+    return view
+
+
 # --------------------------------------------------------------------------- provenance
 
 

@@ -24,6 +24,8 @@ ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
 
 # Elements in a chunk: long enough to hide the cost of a call, short enough to stay in the cache of a core.
 _CHUNK = 2**16
+# Below this a call of a compiled kernel costs more than it saves.
+_SMALLEST_COMPILED = 2**14
 
 
 def is_composable_only(*tensors: Tensor) -> bool:
@@ -77,6 +79,12 @@ class _Variance(Function):
         return torch.addcmul(grad.new_zeros(()), grad, variance, value=2.0)
 
 
+def constant_variance(log_scale: Tensor) -> Tensor:
+    """The same without a gradient, for the functions here that send theirs to ``log_scale``."""
+    result = log_scale.detach().exp()
+    return result.mul_(result)
+
+
 def variance(log_scale: Tensor) -> Tensor:
     """scale^2, elementwise, for any shape of ``log_scale``."""
     if is_composable_only(log_scale):
@@ -107,9 +115,8 @@ def _chunks(length: int) -> tuple[int, list[slice]]:
 
 
 def _chunked_sum(loc: Tensor, variance: Tensor) -> Tensor:
-    """Sum of the KL on the CPU; not finite where t overflows."""
+    """Sum of the KL for vectors on the CPU; not finite where t overflows."""
     fit = special._fit(loc.dtype)
-    loc, variance = loc.reshape(-1), variance.reshape(-1)
     coefficients = _pairs(fit.value_num, fit.value_den, loc.dtype)
     size, parts = _chunks(len(loc))
     pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
@@ -125,16 +132,14 @@ def _chunked_sum(loc: Tensor, variance: Tensor) -> Tensor:
     return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) * 0.5
 
 
-def _chunked_gradient(loc: Tensor, variance: Tensor, weight: float, entropy_weight: float) -> tuple[Tensor, Tensor]:
-    """Gradients of ``weight * KL + entropy_weight * sum of log_scale`` in loc and log_scale, on the CPU."""
+def _chunked_gradient(loc: Tensor, variance: Tensor, weight: Tensor, entropy_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``weight * KL + entropy_weight * sum of log_scale`` in loc and log_scale, for vectors on the CPU."""
     fit = special._fit(loc.dtype)
-    gradients = [torch.empty_like(loc, memory_format=torch.contiguous_format) for _ in range(2)]
-    dloc, dlog_scale = (x.view(-1) for x in gradients)
-    loc, variance = loc.reshape(-1), variance.reshape(-1)
+    dloc, dlog_scale = torch.empty_like(loc), torch.empty_like(loc)
     coefficients = _pairs(fit.slope_num, fit.slope_den, loc.dtype)
     size, parts = _chunks(len(loc))
     pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
-    zero, start = loc.new_zeros(()), loc.new_full((), entropy_weight)
+    zero, factor = loc.new_zeros(()), weight.item()
     for part in parts:
         mean, var = loc[part], variance[part]
         count = len(mean)
@@ -144,9 +149,9 @@ def _chunked_gradient(loc: Tensor, variance: Tensor, weight: float, entropy_weig
         num, den = _polynomials(coefficients, clamped, pair[:, :count])
         # KL'(r) / scale = num / den / (r + c / r) / scale = num * loc / (den * (loc^2 + c scale^2)), see special.py.
         den.mul_(t.add_(var, alpha=fit.shift))
-        slope = torch.addcdiv(zero, num.mul_(mean), den, value=weight, out=dloc[part])
-        torch.addcmul(start, mean, slope, value=-1.0, out=dlog_scale[part])
-    return gradients[0], gradients[1]
+        slope = torch.addcdiv(zero, num.mul_(mean), den, value=factor, out=dloc[part])
+        torch.addcmul(entropy_weight, mean, slope, value=-1.0, out=dlog_scale[part])
+    return dloc, dlog_scale
 
 
 def _composed_sum(loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,37 +164,53 @@ def _composed_gradient(loc: Tensor, log_scale: Tensor, weight: Tensor, entropy_w
     return dloc, entropy_weight - loc * dloc
 
 
-_compiled: dict[tuple[str, torch.device], Callable[..., tuple[Tensor, Tensor]] | None] = {}
+# The two chunked functions once more, for torch.compile.
 
 
-def _best(composed: Callable[..., tuple[Tensor, Tensor]], *args: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``composed(*args)`` as one compiled kernel, or None where that is not wanted or cannot be had."""
-    if not special.use_compiled.enabled or args[0].numel() < special.use_compiled.smallest:
-        return None
-    key = composed.__name__, args[0].device
+def _kernel_sum(loc: Tensor, variance: Tensor) -> Tensor:
+    fit = special._fit(loc.dtype)
+    t = loc * loc / variance
+    clamped = t.clamp(max=fit.limit**2)
+    ratio = special._horner(fit.value_num, clamped) / special._horner(fit.value_den, clamped)
+    return 0.5 * torch.log1p(t * ratio).sum()
+
+
+def _kernel_gradient(loc: Tensor, variance: Tensor, weight: Tensor, entropy_weight: Tensor) -> tuple[Tensor, Tensor]:
+    fit = special._fit(loc.dtype)
+    square = loc * loc
+    clamped = (square / variance).clamp(max=fit.limit**2)
+    below = special._horner(fit.slope_den, clamped) * (square + fit.shift * variance)
+    dloc = weight * loc * special._horner(fit.slope_num, clamped) / below
+    return dloc, entropy_weight - loc * dloc
+
+
+_compiled: dict[tuple[str, torch.device], Callable[..., Any] | None] = {}
+
+
+def _best(chunked: Callable[..., Any], kernel: Callable[..., Any], *args: Any) -> Any:
+    """``kernel(*args)`` for vectors, compiled where that is wanted, possible and worth it; else ``chunked(*args)``."""
+    if not special.use_compiled.enabled or args[0].numel() < _SMALLEST_COMPILED:
+        return chunked(*args)
+    key = kernel.__name__, args[0].device
     if key not in _compiled:
-        kernel = torch.compile(composed, dynamic=True, fullgraph=True)
+        compiled = torch.compile(kernel, dynamic=True, fullgraph=True)
         try:
-            kernel(*args)
+            compiled(*args)
         except Exception:  # whatever the reason, there is another way
             _compiled[key] = None
         else:
-            _compiled[key] = kernel
-    compiled = _compiled[key]
-    return None if compiled is None else compiled(*args)
+            _compiled[key] = compiled
+    return (_compiled[key] or chunked)(*args)
 
 
 def _sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, bool]:
     """KL, sum of log_scale, and whether t can be had from the variance without over- and underflow."""
-    compiled = _best(_composed_sum, loc, log_scale)
-    if compiled is not None:
-        return *compiled, False
     if loc.device.type == "cpu" and loc.numel() > 0:  # nothing to wait for on the CPU
-        total = _chunked_sum(loc, variance)
+        total = _best(_chunked_sum, _kernel_sum, loc.reshape(-1), variance.reshape(-1))
         tiny = 0.5 * math.log(torch.finfo(loc.dtype).tiny)
         if math.isfinite(total.item()) and log_scale.amin().item() > tiny:
             return total, log_scale.sum(), True
-    return *_composed_sum(loc, log_scale), False
+    return *_best(_composed_sum, _composed_sum, loc.reshape(-1), log_scale.reshape(-1)), False
 
 
 class _LogUniformSums(Function):
@@ -210,9 +231,10 @@ class _LogUniformSums(Function):
         zero = loc.new_zeros(())
         weights = [zero if x is None else x for x in (along_kl, along_log_scale)]
         if ctx.by_variance:
-            return *_chunked_gradient(loc, variance, weights[0].item(), weights[1].item()), None
-        compiled = _best(_composed_gradient, loc, log_scale, *weights)
-        return *(compiled or _composed_gradient(loc, log_scale, *weights)), None
+            flat = _best(_chunked_gradient, _kernel_gradient, loc.reshape(-1), variance.reshape(-1), *weights)
+        else:
+            flat = _best(_composed_gradient, _composed_gradient, loc.reshape(-1), log_scale.reshape(-1), *weights)
+        return *(_compat.owned_view(gradient, loc.shape) for gradient in flat), None
 
 
 def _differentiable_gradient(loc: Tensor, log_scale: Tensor, *along: Tensor | None) -> tuple[Tensor, ...]:
@@ -227,59 +249,81 @@ def log_uniform_sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[
 
     :param loc: mean, any shape.
     :param log_scale: log of the standard deviation, of the same shape.
-    :param variance: its square, of the same shape, taken as a constant: the gradient goes to ``log_scale``.
+    :param variance: scale^2, of the same shape and without a gradient, which goes to ``log_scale``.
     :returns: None where the sums have to be composed of ordinary functions: other dtypes than float32 and float64,
         while a trace is recorded, inside of ``torch.func`` transforms.
     """
     if loc.dtype not in (torch.float32, torch.float64) or is_composable_only(loc, log_scale, variance):
         return None
     # No view between here and the caller: autograd adds gradients in place only where nothing shares their memory.
-    kl, total = _LogUniformSums.apply(loc, log_scale, variance.detach())
+    kl, total = _LogUniformSums.apply(loc, log_scale, variance)
     return kl, -total - loc.numel() * ENTROPY_CONSTANT
 
 
 # --------------------------------------------------------------------------- a linear layer
 
 
-class _LinearMoments(Function):
-    """Mean and variance of x w^T + bias, whose backward pass writes each gradient of the weight once."""
+class _SampleLinear(Function):
+    """A draw of x w^T + bias from its own Normal; the backward pass writes each gradient of the weight once."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, loc: Tensor, log_scale: Tensor, variance: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, loc, variance)
-        return F.linear(x, loc, bias), F.linear(x * x, variance)
+        ctx: Any,
+        x: Tensor,
+        loc: Tensor,
+        log_scale: Tensor,
+        variance: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, ...] | None,
+    ) -> Tensor:
+        mean, var = F.linear(x, loc, bias), F.linear(x * x, variance)
+        eps = torch.randn_like(mean) if shape is None else torch.randn(shape, dtype=mean.dtype, device=mean.device)
+        std = var.clamp_(min=0).sqrt_()
+        out = torch.addcmul(mean, std, eps)
+        # d out / d var = eps / (2 std), and 0 where the variance is 0.
+        slope = eps.mul_(0.5).div_(std).masked_fill_(std == 0, 0.0)
+        ctx.save_for_backward(x, loc, variance, slope)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, along_mean: Tensor, along_var: Tensor) -> Any:
-        x, loc, variance = ctx.saved_tensors
-        need_x, need_loc, need_log_scale, _, need_bias = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, loc, variance, slope = ctx.saved_tensors
+        need_x, need_loc, need_log_scale, _, need_bias, _ = ctx.needs_input_grad
+        along_var = grad * slope
+        moment_shape = (*x.shape[:-1], loc.shape[0])
+        if grad.shape != moment_shape:  # particles that share the moments
+            grad, along_var = grad.sum_to_size(moment_shape), along_var.sum_to_size(moment_shape)
         dx = dloc = dlog_scale = dbias = None
         if need_x:
-            dx = torch.addcmul(along_mean @ loc, x, along_var @ variance, value=2.0)
-        data, along_mean, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, along_mean, along_var))
+            dx = torch.addcmul(grad @ loc, x, along_var @ variance, value=2.0)
+        data, grad, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, grad, along_var))
         if need_loc:
-            dloc = along_mean.mT @ data
+            dloc = grad.mT @ data
         if need_log_scale:  # d variance / d log_scale = 2 variance
             dlog_scale = ((2.0 * along_var).mT @ (data * data)).mul_(variance)
         if need_bias:
-            dbias = along_mean.sum(0)
-        return dx, dloc, dlog_scale, None, dbias
+            dbias = grad.sum(0)
+        return dx, dloc, dlog_scale, None, dbias, None
 
 
-def linear_moments(
-    x: Tensor, loc: Tensor, log_scale: Tensor, variance: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance of ``F.linear(x, w, bias)`` for w ~ Normal(loc, scale^2).
+def sample_linear(
+    x: Tensor,
+    loc: Tensor,
+    log_scale: Tensor,
+    variance: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, ...] | None = None,
+) -> Tensor | None:
+    """A draw of ``F.linear(x, w, bias)``, w ~ Normal(loc, scale^2), by local reparameterization.
 
     :param x: (*batch, in).
     :param loc: (out, in).
     :param log_scale: (out, in), where the gradient goes.
     :param variance: (out, in), exp(2 log_scale) or 0, taken as a constant.
     :param bias: (out,) or None.
-    :returns: None where they have to be composed of ordinary functions: under autocast, in a trace or transform, for
+    :param shape: of the result, where it has more draws than (*batch, out).
+    :returns: None where it has to be composed of ordinary functions: under autocast, in a trace or transform, for
         mixed dtypes and other shapes.
     """
     tensors = (x, loc, log_scale, variance) if bias is None else (x, loc, log_scale, variance, bias)
@@ -292,4 +336,4 @@ def linear_moments(
         or is_composable_only(*tensors)
     ):
         return None
-    return _LinearMoments.apply(x, loc, log_scale, variance.detach(), bias)  # type: ignore[no-any-return]
+    return _SampleLinear.apply(x, loc, log_scale, variance, bias, shape)  # type: ignore[no-any-return]

@@ -133,10 +133,9 @@ def linear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     if not is_gaussian(weight):
         mean = F.linear(x, weight)
         return add_bias(mean, torch.zeros_like(mean), bias)
-    if isinstance(x, Tensor) and x.dim() > 0:
-        fast = _fast_linear(x, weight, bias)
-        if fast is not None:
-            return fast
+    fast = _fast_linear(x, weight, bias) if isinstance(x, Tensor) else None
+    if fast is not None:
+        return fast
     if weight.dim() <= 2:
         return sample_linear(F.linear, x, weight, bias)
     return _batched_linear(x, weight, bias)
@@ -144,16 +143,11 @@ def linear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 
 def _fast_linear(x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor | None:
     """The same for a whole weight whose particles are copies of one matrix, with fewer passes over the weights."""
-    moments = weight.linear_moments(x, bias)
-    if moments is None:
-        return None
-    weight.note_linear_use()
-    mean, var = moments
-    refuse_nan(mean, weight, x)
-    if weight.dim() > 2:
-        shape = (*torch.broadcast_shapes(x.shape[:-1], weight.shape[:-2]), weight.shape[-2])
-        mean, var = mean.expand(shape), var.expand(shape)
-    return sample_normal(mean, var)
+    out = weight.sample_linear(x, bias)
+    if out is not None:
+        weight.note_linear_use()
+        refuse_nan(out, weight, x)
+    return out
 
 
 def _batched_linear(x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor:

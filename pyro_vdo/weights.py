@@ -135,7 +135,9 @@ class Undrawn(Tensor):
                 return func(*args, **kwargs)
         if _compat.changes_in_place(func):
             cls._refuse_change(func, args, kwargs)
-        owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
+        owners = [leaf for leaf in args if isinstance(leaf, Undrawn)]
+        if kwargs or any(isinstance(arg, (tuple, list, dict)) for arg in args):
+            owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
         if any(owner.provenance for owner in owners) or not all(issubclass(kind, Undrawn) for kind in types):
             (args, kwargs), names = _compat.split_provenance(((*args,), kwargs))
             owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
@@ -253,6 +255,7 @@ class GaussianWeight(Undrawn):
     def requires_grad(self) -> bool:  # type: ignore[override]
         """True where a gradient flows to the mean or the standard deviation."""
         scale = self._log_scale if self._law_scale is None else self._law_scale
+        self._constant_variance: Tensor | None = None
         return self.loc.requires_grad or (scale is not None and scale.requires_grad)
 
     def note_linear_use(self) -> None:
@@ -314,20 +317,39 @@ class GaussianWeight(Undrawn):
                 self._expected_log_law_sum = self.expected_log_law().sum(dims)
             else:
                 total = fused.unrepeated(self._log_scale).sum(dims)
-                total = -total - math.prod(self.shape[-event_dim:]) * fused.ENTROPY_CONSTANT
-                self._expected_log_law_sum = total.expand(self.shape[:-event_dim])
+                shape = self.loc.shape
+                total = -total - math.prod(shape[-event_dim:]) * fused.ENTROPY_CONSTANT
+                self._expected_log_law_sum = total.expand(shape[:-event_dim])
         return self._expected_log_law_sum
 
-    def linear_moments(self, x: Tensor, bias: Any) -> tuple[Tensor, Tensor] | None:
-        """Mean and variance of ``F.linear(x, w, bias)`` without particles; None where these have to be composed."""
-        if type(self) is not GaussianWeight or self._log_scale is None or not self.is_root:
+    @property
+    def constant_variance(self) -> Tensor:
+        """law_scale^2 without a gradient and without particles; needs ``log_scale``."""
+        if self._constant_variance is None:
+            assert self._log_scale is not None
+            single = fused.unrepeated(self._log_scale)
+            known = self._law_variance
+            if known is None:
+                self._constant_variance = fused.constant_variance(single)
+            else:
+                self._constant_variance = fused.unrepeated(known.detach()).reshape(single.shape)
+        return self._constant_variance
+
+    def sample_linear(self, x: Tensor, bias: Any) -> Tensor | None:
+        """A draw of ``F.linear(x, w, b)`` by a faster way, where there is one."""
+        loc, log_scale = self.loc, self._log_scale
+        if type(self) is not GaussianWeight or log_scale is None or self._parent is not None:
             return None
-        if self.dim() > 2 and not self._particles_repeat(2):
-            return None
-        loc, log_scale, variance = (fused.unrepeated(part) for part in (self.loc, self._log_scale, self.variance))
+        shape = None
+        if loc.dim() > 2:
+            if not self._particles_repeat(2):
+                return None
+            shape = (*torch.broadcast_shapes(x.shape[:-1], loc.shape[:-2]), loc.shape[-2])
+            loc, log_scale = fused.unrepeated(loc), fused.unrepeated(log_scale)
+        variance = self.constant_variance if self.kept is None else self.constant_variance * self.kept
         if not loc.shape == log_scale.shape == variance.shape:
             return None
-        return fused.linear_moments(x, loc, log_scale, variance, bias)
+        return fused.sample_linear(x, loc, log_scale, variance, bias, shape)
 
     def log_uniform_kl_sum(self, event_dim: int) -> Tensor | None:
         """The exact KL to the log-uniform prior, summed over the event dimensions, for a whole weight.
@@ -336,11 +358,11 @@ class GaussianWeight(Undrawn):
         """
         if type(self) is not GaussianWeight or self._log_scale is None or not self.is_whole(event_dim):
             return None
-        parts = [fused.unrepeated(part) for part in (self.loc, self._log_scale, self.law_variance)]
-        sums = None if parts[0].numel() != parts[1].numel() else fused.log_uniform_sums(*parts)
+        loc, log_scale = fused.unrepeated(self.loc), fused.unrepeated(self._log_scale)
+        sums = fused.log_uniform_sums(loc, log_scale, self.constant_variance) if loc.shape == log_scale.shape else None
         if sums is None:
             return None
-        batch = self.shape[: self.loc.dim() - event_dim]
+        batch = self.loc.shape[: self.loc.dim() - event_dim]
         if self._expected_log_law_sum is None:
             self._expected_log_law_sum = sums[1].expand(batch)
         return sums[0].expand(batch)
@@ -431,7 +453,7 @@ def _with_provenance(weight: GaussianWeight, names: frozenset[Any]) -> GaussianW
         provenance=names,
         kept=weight.kept,
     )
-    clone._law_variance = weight._law_variance
+    clone._law_variance, clone._constant_variance = weight._law_variance, weight._constant_variance
     clone._expected_log_law_sum = weight._expected_log_law_sum
     return clone
 
