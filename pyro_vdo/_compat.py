@@ -119,6 +119,13 @@ def set_root_name(module: PyroModule, name: str) -> None:
     module._pyro_set_supermodule(name, module._pyro_context)
 
 
+def use_first_paths(root: PyroModule) -> None:
+    """Name modules that are used in several places by the first, as ``named_parameters`` does; Pyro takes the last."""
+    for path, module in root.named_modules():
+        if path and isinstance(module, PyroModule):
+            module._pyro_name = f"{root._pyro_name}.{path}" if root._pyro_name else path
+
+
 def sampled_names(module: PyroModule) -> tuple[str, ...]:
     """The attributes of ``module`` that a ``PyroSample`` declares."""
     return tuple(module._pyro_samples)
