@@ -101,7 +101,8 @@ def _is_elementwise(func: Any) -> bool:
 
 def _addmm(func: Any, args: Any, kwargs: Any) -> Tensor:
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    return beta * args[0] + alpha * _product(torch.matmul, args[1], args[2])
+    result: Tensor = beta * args[0] + alpha * _product(torch.matmul, args[1], args[2])
+    return result
 
 
 def _matmul(func: Any, args: Any, kwargs: Any) -> Tensor:
