@@ -52,23 +52,34 @@ class DataTerm(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sites: list[tuple[Any, Any, Any, Any]] = []
+        self._runs: list[list[tuple[Any, Any, Any, Any]]] = []
         self.complete = True
         #: observed sites that no plate scales to more data
         self.unscaled: set[str] = set()
+
+    def __enter__(self) -> Any:
+        self._runs.append([])
+        return super().__enter__()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if "_enumerate_dim" in msg["infer"]:
             self.complete = False
         if msg["is_observed"] and not site_is_subsample(msg):
-            self._sites.append((msg["fn"], msg["value"], msg["scale"], msg["mask"]))
+            self._runs[-1].append((msg["fn"], msg["value"], msg["scale"], msg["mask"]))
             if isinstance(msg["scale"], (int, float)) and msg["scale"] == 1 and not site_is_factor(msg):
                 self.unscaled.add(msg["name"])
 
     @torch.no_grad()
-    def take(self, num_particles: int = 1) -> Tensor:
-        """The sum since the last call, over ``num_particles``."""
-        sites, self._sites = self._sites, []
+    def take(self, num_particles: int = 1, vectorized: bool = False) -> Tensor:
+        """The mean over the particles of the step since the last call.
+
+        :param vectorized: the particles are dimensions of one run of the model, not several runs.
+        """
+        runs, self._runs = self._runs, []
+        counted = (
+            runs[-1:] if vectorized else runs[-num_particles:]
+        )  # in its first step Pyro also runs it to see its shape
+        sites = [site for run in counted for site in run]
         parts = [scale_and_mask(fn.log_prob(value), scale, mask).sum() for fn, value, scale, mask in sites]
         return -sum(parts, torch.zeros(())) / num_particles
 

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,11 +149,14 @@ class Run:
         count = self._num_batches
         self._bar_of_steps = count is not None
         total, done = (self.settings.epochs, self.epoch) if count is None else (self.settings.epochs * count, self.step)
-        return tqdm(total=total, initial=done, disable=not self.settings.progress, unit="step" if count else "epoch")
+        if not self.settings.progress:  # not tqdm(disable=True), which starts a thread all the same
+            return nullcontext()
+        return tqdm(total=total, initial=done, unit="epoch" if count is None else "step")
 
     def _run_epoch(self, turn: Callable[[], Any], bar: Any) -> None:
         started, total, data_term, count = time.perf_counter(), 0.0, torch.zeros(()), 0
-        bar.set_description(f"epoch {self.epoch + 1}/{self.settings.epochs}", refresh=False)
+        if bar is not None:
+            bar.set_description(f"epoch {self.epoch + 1}/{self.settings.epochs}", refresh=False)
         with turn():
             batches = iter(called(self.data, self.epoch) if callable(self.data) else self.data)
         while True:
@@ -166,15 +169,17 @@ class Run:
                     self._check_scale(before)
                 total += self._do_step(count)
                 if not self._compiled:
-                    data_term = data_term + self._recorder.take(_particles(self.settings.loss)).to(data_term.device)
+                    data_term = data_term + self._recorder.take(*_particles(self.settings.loss)).to(data_term.device)
             count += 1
-            bar.update(int(self._bar_of_steps))
+            if bar is not None:
+                bar.update(int(self._bar_of_steps))
         if count == 0:
             raise ValueError(f"fit: data gave no batches in epoch {self.epoch + 1}")
         with turn():
             self._num_batches = count if self._num_batches is None else self._num_batches
             self._end_epoch(started, total / count, float(data_term) / count)
-        self._show(bar)
+        if bar is not None:
+            self._show(bar)
 
     def _check_scale(self, before: Batch) -> None:
         """Warn where each step weighs one of several batches, as if it were all data, against the whole KL."""
@@ -252,7 +257,7 @@ class Run:
         self._params = objective.named_parameters(capture)
         if not self._params:
             raise ValueError("fit: neither model nor guide has a parameter to train")
-        return sum(map(float, value)) if isinstance(value, tuple) else float(value)
+        return sum(float(torch.as_tensor(part).detach()) for part in (value if isinstance(value, tuple) else (value,)))
 
     def _check_gradients(self) -> None:
         """Refuse gradients that are not finite; clip the others."""
@@ -468,5 +473,5 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
-def _particles(loss: Any) -> int:
-    return int(getattr(loss, "num_particles", 1))
+def _particles(loss: Any) -> tuple[int, bool]:
+    return int(getattr(loss, "num_particles", 1)), bool(getattr(loss, "vectorize_particles", False))

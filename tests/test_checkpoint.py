@@ -1,0 +1,367 @@
+"""Checkpoints: exact resume, kills at any moment, damaged and hostile files, full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_vdo as vdo
+from pyro_vdo import checkpoint
+from tests.small_run import BATCH, Case, data, options_of_a_long_run, rows, same
+
+# --------------------------------------------------------------------------- exact resume
+
+
+def loader_with_generator() -> DataLoader[Any]:
+    return DataLoader(
+        TensorDataset(*data()), batch_size=BATCH, shuffle=True, generator=torch.Generator().manual_seed(5)
+    )
+
+
+def function_with_generators() -> Callable[[], Iterator[Any]]:
+    order, noise, plain = np.random.default_rng(3), torch.Generator().manual_seed(4), random.Random(5)
+    x, y = data()
+
+    def batches() -> Iterator[Any]:
+        rows = torch.from_numpy(order.permutation(len(x)))
+        for part in rows.split(BATCH):
+            yield x[part] + 0.1 * torch.randn(len(part), 5, generator=noise) + 0.01 * plain.random(), y[part]
+
+    return batches
+
+
+def globally_random() -> Iterator[Any]:
+    x, y = data()
+    for _ in range(3):
+        rows = torch.from_numpy(np.random.permutation(len(x)))[:BATCH]
+        yield x[rows] + random.random() * 0.1, y[rows]
+
+
+RUNS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
+    "everything": (lambda: None, options_of_a_long_run),
+    "loader": (loader_with_generator, dict),
+    "loader without generator": (lambda: DataLoader(TensorDataset(*data()), batch_size=BATCH, shuffle=True), dict),
+    "function": (function_with_generators, dict),
+    "global random states": (lambda: globally_random, dict),
+    "no seed": (lambda: torch.manual_seed(12) and None, lambda: {"seed": None}),
+    "sgd with momentum": (lambda: None, lambda: {"optim": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9)}),
+    "pyro adam": (
+        lambda: None,
+        lambda: {"optim": pyro.optim.Adam({"lr": 0.01}), "lr_schedule": vdo.linear_decay(6)},
+    ),
+    "pyro scheduler": (
+        lambda: None,
+        lambda: {
+            "optim": pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.7})
+        },
+    ),
+    "early stopping": (
+        lambda: None,
+        lambda: {"validate": [data(1)], "early_stop": vdo.EarlyStop("val_nll", patience=2), "lr": 0.3},
+    ),
+    "batches that have a generator": (lambda: Case().batches(generator=torch.Generator().manual_seed(1)), dict),
+    "clipping and rare validation": (
+        lambda: None,
+        lambda: {"clip_grad": 1.0, "validate_every": 3, "validate": lambda: 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_bit_equal(name: str, tmp_path: Path) -> None:
+    make, options = RUNS[name]
+    path = tmp_path / "run.ckpt"
+    whole, first, second = Case(), Case(), Case()
+    expected = whole.fit(make(), epochs=6, **options())
+    first.fit(make(), epochs=3, checkpoint=path, **options())
+    torch.manual_seed(99), np.random.seed(99), random.seed(99)
+    history = second.fit(make(), epochs=6, checkpoint=path, resume=True, **options())
+    assert rows(history) == rows(expected)
+    assert same(second.state(), whole.state())
+    third = Case()
+    assert rows(third.fit(make(), epochs=6, checkpoint=path, **options())) == rows(expected)  # finished: only loaded
+    assert same(third.state(), whole.state())
+
+
+def test_other_objects_with_a_state(tmp_path: Path) -> None:
+    class Counter:
+        count = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["count"]
+
+    first, second = Counter(), Counter()
+    for counter, epochs in [(first, 2), (second, 5)]:
+
+        def callback(run: vdo.Run, counter: Counter = counter) -> None:
+            counter.count += 10
+
+        Case().fit(epochs=epochs, checkpoint=tmp_path / "c", state={"counter": counter}, callbacks=[callback])
+    assert (first.count, second.count) == (20, 50)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    Case().fit(epochs=1, checkpoint=path)
+    with pytest.raises(vdo.CheckpointError, match=r"another run: seed was 3, is 4.*resume=False"):
+        Case().fit(epochs=2, checkpoint=path, seed=4)
+    with pytest.raises(vdo.CheckpointError, match="optimizer was '_adam', is 'SGD'"):
+        Case().fit(epochs=2, checkpoint=path, optim=torch.optim.SGD, lr=0.1)
+    with pytest.raises(vdo.CheckpointError, match=r"does not fit: .*the parameters are now"):
+        Case(batch_norm=False).fit(epochs=2, checkpoint=path)
+    with pytest.raises(vdo.CheckpointError, match="objects in state= are"):
+        Case().fit(epochs=2, checkpoint=path, state={"more": torch.optim.SGD([torch.ones(1)], lr=1.0)})
+    assert len(Case().fit(epochs=2, checkpoint=path, seed=4, resume=False)) == 2
+    with pytest.raises(vdo.CheckpointError, match="does not exist, and resume=True"):
+        Case().fit(epochs=1, checkpoint=tmp_path / "none", resume=True)
+
+
+def test_checkpoint_every_few_epochs(tmp_path: Path) -> None:
+    written = []
+    path = tmp_path / "run.ckpt"
+    Case().fit(
+        epochs=5,
+        checkpoint=path,
+        checkpoint_every=2,
+        callbacks=[lambda run: written.append(vdo.read_checkpoint(path)["epoch"] if path.exists() else 0)],
+    )
+    assert written == [0, 0, 2, 2, 4]
+    assert vdo.read_checkpoint(path)["epoch"] == 5
+
+
+# --------------------------------------------------------------------------- kills
+
+
+def child(path: Path, sabotage: str) -> None:
+    """A run that kills itself at a place, or is killed by its parent."""
+    replaced, synced, replace, fsync = [0], [0], os.replace, os.fsync
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killing_replace(source: Any, target: Any) -> None:
+        replace(source, target)
+        replaced[0] += 1
+        if sabotage == "between the renames" and Path(target).name.endswith(".previous"):
+            kill()
+
+    def killing_fsync(handle: int) -> None:
+        synced[0] += 1
+        if sabotage == "in the middle of writing" and synced[0] == 5:
+            os.ftruncate(handle, 1000)
+            kill()
+        fsync(handle)
+
+    os.replace, os.fsync = killing_replace, killing_fsync  # type: ignore[assignment]
+    Case().fit(epochs=6, checkpoint=path, **options_of_a_long_run())
+
+
+@pytest.mark.parametrize("sabotage", ["in the middle of writing", "between the renames", "at a random moment"])
+def test_a_killed_run_is_resumed_bit_equal(sabotage: str, tmp_path: Path) -> None:
+    expected = Case()
+    history = expected.fit(epochs=6, **options_of_a_long_run())
+    path = tmp_path / "run.ckpt"
+    process = multiprocessing.get_context("fork").Process(target=child, args=(path, sabotage))
+    process.start()
+    if sabotage == "at a random moment":
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(random.Random(8).random() * 0.05)
+        process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    before = vdo.read_checkpoint(path if path.exists() else path.with_name("run.ckpt.previous"))
+    assert 1 <= before["epoch"] < 6
+    case = Case()
+    assert rows(case.fit(epochs=6, checkpoint=path, resume=True, **options_of_a_long_run())) == rows(history)
+    assert same(case.state(), expected.state())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.ckpt", "run.ckpt.previous"]
+
+
+# --------------------------------------------------------------------------- damage
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "run.ckpt"
+    Case().fit(epochs=3, checkpoint=path)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
+def test_a_damaged_checkpoint_is_an_error_that_names_the_good_one(damage: str, good: Path) -> None:
+    previous = good.with_name("run.ckpt.previous")
+    whole = previous.read_bytes()
+    content = bytearray(good.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    changed = {"truncated": content[:-7], "flipped": content, "empty": b"", "other": b"{}" * 100}[damage]
+    good.write_bytes(bytes(changed))
+    with pytest.raises(vdo.CheckpointError, match=r"Delete it to resume from '.*run.ckpt.previous'"):
+        Case().fit(epochs=4, checkpoint=good)
+    assert previous.read_bytes() == whole
+    good.unlink()
+    case, expected = Case(), Case()
+    case.fit(epochs=4, checkpoint=good)
+    expected.fit(epochs=4)
+    assert same(case.state(), expected.state())
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = good.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(vdo.CheckpointError, match=r"No space left on device. The last good checkpoint is '.*run.ckpt'"):
+        Case().fit(epochs=4, checkpoint=good)
+    assert good.read_bytes() == content
+    assert sorted(file.name for file in good.parent.iterdir()) == ["run.ckpt", "run.ckpt.previous"]
+
+
+def test_a_directory_that_cannot_be_written_is_told_before_the_training(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    epochs: list[int] = []
+    with pytest.raises(vdo.CheckpointError, match="cannot write to"):
+        Case().fit(checkpoint=blocked / "run.ckpt", callbacks=[lambda run: epochs.append(run.epoch)])
+    assert epochs == []
+
+
+def test_reading_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(vdo.CheckpointError, match="cannot be loaded"):
+        vdo.read_checkpoint(tmp_path / "nothing")
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("bomb",)
+
+
+def sealed(structure: Any, tensors: dict[str, torch.Tensor] | None = None) -> bytes:
+    """A file with a right checksum around any structure."""
+    text = structure if isinstance(structure, str) else json.dumps(structure)
+    payload = safetensors.torch.save(tensors or {"t0": torch.ones(2)}, metadata={"pyro_vdo": text})
+    return checkpoint.MAGIC + checkpoint.hashlib.sha256(payload).digest() + payload
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        {"tensor": "t9"},
+        {"tensor": ["t0"]},
+        {"dict": [[{"dict": []}, 1]]},
+        {"dict": [1]},
+        {"tuple": 3},
+        {"array": "|O", "shape": [1], "hex": "00" * 8},
+        {"array": "<f4", "shape": [10**12], "hex": "00"},
+        {"array": "<f4", "shape": [1], "hex": "zz"},
+        {"array": 3, "shape": [1], "hex": ""},
+        {"object": "os.system"},
+        "[" * 100_000,
+        "nonsense",
+    ],
+)
+def test_hostile_contents_are_an_error(structure: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(sealed(structure))
+    with pytest.raises(vdo.CheckpointError):
+        vdo.read_checkpoint(tmp_path / "file")
+
+
+def test_pickles_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content in (pickle.dumps(Bomb()), checkpoint.MAGIC + bytes(32) + pickle.dumps(Bomb())):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(vdo.CheckpointError):
+            vdo.read_checkpoint("file")
+    assert not (tmp_path / "bomb").exists()
+
+
+SAMPLE = checkpoint.to_bytes({"a": torch.arange(5.0), "b": [1, (2, None)]})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_change_of_the_bytes_is_noticed(choice: st.DataObject) -> None:
+    content = bytearray(SAMPLE)
+    for _ in range(choice.draw(st.integers(1, 4))):
+        at = choice.draw(st.integers(0, len(content) - 1))
+        content[at] ^= choice.draw(st.integers(1, 255))
+    content = content[: choice.draw(st.integers(0, len(content)))]
+    if bytes(content) != SAMPLE:
+        with pytest.raises(vdo.CheckpointError):
+            checkpoint.from_bytes(bytes(content))
+
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(max_size=5),
+    st.binary(max_size=0).map(str),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(st.text(max_size=4), st.integers()), inner, max_size=3),
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(VALUES)
+def test_structures_survive(value: Any) -> None:
+    back = checkpoint.from_bytes(checkpoint.to_bytes({"value": value}))["value"]
+    assert back == value
+    assert repr(back) == repr(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.int64, torch.uint8])
+def test_tensors_and_arrays_survive(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([[0, 1, 2], [3, 4, 5]]).to(dtype).t()
+    state = {"t": tensor, "s": tensor[0, 0], "e": tensor[:0], "a": np.arange(4, dtype=np.uint32), "n": np.float64(2.5)}
+    back = checkpoint.from_bytes(checkpoint.to_bytes(state))
+    assert all(torch.equal(back[key], state[key]) for key in "tse")
+    assert back["t"].dtype == dtype
+    assert back["a"].dtype == np.uint32
+    np.testing.assert_array_equal(back["a"], state["a"])
+    assert back["n"] == 2.5
+
+
+def test_other_things_do_not_go_into_a_checkpoint(tmp_path: Path) -> None:
+    class Odd:
+        def state_dict(self) -> Any:
+            return {"function": print}
+
+    with pytest.raises(TypeError, match="not builtin_function_or_method"):
+        Case().fit(epochs=1, checkpoint=tmp_path / "c", state={"odd": Odd()})
+    shutil.rmtree(tmp_path)

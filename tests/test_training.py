@@ -1,0 +1,471 @@
+"""fit: the objective, its schedules, what it takes as data and arguments, and what it leaves alone."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import random
+import threading
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_vdo as vdo
+from pyro_vdo.export import export
+from tests import small_run
+from tests.small_run import Case, clone, data, rows, same
+
+# --------------------------------------------------------------------------- the objective
+
+
+def test_it_takes_the_steps_of_svi_bit_by_bit() -> None:
+    ours, theirs = Case(batch_norm=False), Case(batch_norm=False)
+    ours.fit(optim=pyro.optim.Adam({"lr": 0.01}), epochs=2)
+    torch.manual_seed(3)
+    svi = SVI(theirs.model, theirs.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(2):
+        for x, y in theirs.batches():
+            svi.step(x, y)
+    assert same(ours.state(), theirs.state())
+    assert not same(ours.state(), Case(batch_norm=False).fit(epochs=0) or Case(batch_norm=False).state())
+
+
+def test_one_optimizer_over_all_parameters_equals_one_for_each() -> None:
+    together, each = Case(batch_norm=False), Case(batch_norm=False)  # a bias before BatchNorm has no gradient
+    together.fit(lr=0.01)
+    each.fit(optim=pyro.optim.Adam({"lr": 0.01}))
+    for a, b in zip(together.state().values(), each.state().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_loss_is_data_term_plus_weighted_kl(weight: float) -> None:
+    case = Case(batch_norm=False)
+    row = case.fit([data()], epochs=1, lr=0.0, kl_weight=weight)[0]
+    assert row["kl_weight"] == weight
+    assert row["loss"] == pytest.approx(row["nll"] + weight * row["kl"], rel=1e-5)
+    expected = sum(
+        float(torch.distributions.kl_divergence(torch.distributions.Normal(q.loc, q.scale), vdo.LogUniform()).sum())
+        for q in case.guide.posteriors().values()
+    )
+    assert row["kl"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Trace_ELBO(num_particles=4), Trace_ELBO(num_particles=4, vectorize_particles=True), TraceMeanField_ELBO()],
+)
+def test_data_term_of_other_elbos(loss: Trace_ELBO) -> None:
+    case = Case(batch_norm=False)
+    row = case.fit([data()], epochs=1, lr=0.0, loss=loss)[0]
+    assert row["loss"] == pytest.approx(row["nll"] + row["kl"], rel=1e-5)
+
+
+def test_data_term_with_an_enumerated_variable() -> None:
+    @config_enumerate
+    def model(x: torch.Tensor) -> None:
+        weight = pyro.sample("weight", dist.Normal(0, 1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(weight * z, 1.0), obs=x)
+
+    guide = vdo.AutoFactorizedNormal(pyro.poutine.block(model, hide=["z"]))
+    row = vdo.fit(model, guide, [(torch.ones(4),)], epochs=1, lr=0.0, seed=0, progress=False, loss=TraceEnum_ELBO())[0]
+    assert math.isfinite(row["nll"])
+    assert row["loss"] == pytest.approx(row["nll"] + row["kl"], rel=1e-5)
+
+
+def test_a_loss_function() -> None:
+    case = Case()
+    before = clone(case.state())
+    elbo = Trace_ELBO()
+    history = case.fit(loss=elbo.differentiable_loss)
+    assert history[-1]["loss"] < 1e6
+    assert not same(before, case.state())
+
+
+def test_schedules_move_with_every_step() -> None:
+    seen: list[float] = []
+    case = Case()
+    history = case.fit(
+        epochs=2, lr=0.1, lr_schedule=lambda t: seen.append(t) or (1 - t / 2), kl_weight=vdo.kl_warmup(0, 2)
+    )
+    assert seen == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3])
+    assert [row["lr"] for row in history] == pytest.approx([0.1 * 2 / 3, 0.1 * 1 / 6])
+    assert [row["kl_weight"] for row in history] == pytest.approx([1 / 3, 5 / 6])
+
+
+def test_options_of_single_parameters() -> None:
+    case = Case()
+    before = clone(case.guide.setup(*data()).state_dict())
+    case.fit(lr=0.01, param_options=lambda name: {"lr": 0.0} if name.endswith("log_scale") else {})
+    after = case.guide.state_dict()
+    assert {key.rpartition(".")[2] for key in after if not torch.equal(before[key], after[key])} == {"loc"}
+
+
+def test_training_improves_the_network() -> None:
+    case = Case()
+    x, y = data()
+    history = case.fit(epochs=60, lr=0.03, kl_weight=0.1)
+    small = export(case.net, case.guide, "masked")
+    assert float((small(x).argmax(-1) == y).double().mean()) > 0.9
+    assert history[-1]["nll"] < 0.5 * history[0]["nll"]
+    assert history[-1]["kept"] < history[-1]["weights"] == 5 * 6 + 6 * 3
+
+
+def test_gradients_are_clipped_to_the_norm() -> None:
+    case = Case(batch_norm=False)
+    before = clone(case.guide.setup(*data()).state_dict()) | clone(dict(case.net.named_parameters()))
+    case.fit([data()], epochs=1, optim=torch.optim.SGD, lr=1.0, clip_grad=0.125)
+    after = case.guide.state_dict() | dict(case.net.named_parameters())
+    moved = math.sqrt(sum(float((after[key] - before[key]).detach().square().sum()) for key in before))
+    assert moved == pytest.approx(0.125, rel=1e-4)
+
+
+def test_device_and_dtype() -> None:
+    case = Case()
+    case.fit(dtype=torch.float64, device="cpu")
+    assert {value.dtype for value in case.state().values()} == {torch.float64, torch.int64}
+
+
+# --------------------------------------------------------------------------- history, validation, stopping
+
+
+def test_history_is_a_list_and_a_frame() -> None:
+    history = Case().fit(epochs=3)
+    frame = history.to_frame()
+    columns = ["loss", "nll", "kl", "kl_weight", "lr", "kept", "weights", "compression", "seconds"]
+    assert list(frame.columns) == columns
+    assert list(frame.index) == [1, 2, 3]
+    assert history[1]["loss"] == frame.loc[2, "loss"]
+    assert vdo.History().to_frame().empty
+
+
+def test_validation_does_not_disturb_the_training() -> None:
+    calls: list[int] = []
+
+    def metric(run: vdo.Run) -> dict[str, float]:
+        calls.append(run.epoch)
+        random.random(), np.random.random(), torch.rand(3)
+        assert not case.net[1].training
+        case.net[1](torch.randn(4, 6))
+        return {"error": 0.5}
+
+    without, case = Case(), Case()
+    plain = without.fit(epochs=5)
+    history = case.fit(epochs=5, validate=metric, validate_every=2)
+    assert same(without.state(), case.state())
+    assert [row.pop("val_error", None) for row in history] == [None, 0.5, None, 0.5, 0.5]
+    assert rows(history) == rows(plain)
+    assert case.net[1].training
+
+
+def test_validation_on_data_is_the_data_term() -> None:
+    case = Case(batch_norm=False)
+    row = case.fit([data()], epochs=1, lr=0.0, validate=[data()])[0]
+    # Two draws of the noise at scale 0.01 around the same mean: the same sum to about a percent.
+    assert row["val_nll"] == pytest.approx(row["nll"], rel=0.05)
+    assert Case().fit(epochs=1, validate=lambda: 2)[0]["val"] == 2.0
+
+
+def test_early_stopping_ends_with_the_best_epoch() -> None:
+    values = iter([3.0, 2.0, 1.0, 4.0, math.nan, 5.0, 6.0])
+    states = []
+    case = Case()
+    history = case.fit(
+        epochs=50,
+        validate=lambda: next(values),
+        early_stop=vdo.EarlyStop("val", patience=3),
+        callbacks=[lambda run: states.append(clone(case.state()))],
+    )
+    assert len(history) == 6
+    assert same(case.state(), states[2])
+    assert not same(case.state(), states[5])
+
+
+def test_early_stopping_needs_its_column() -> None:
+    with pytest.raises(ValueError, match="early_stop monitors 'val_x'; the columns are"):
+        Case().fit(early_stop=vdo.EarlyStop("val_x"))
+    with pytest.raises(ValueError, match="mode"):
+        vdo.EarlyStop("loss", mode="least")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="patience"):
+        vdo.EarlyStop("loss", patience=0)
+
+
+def test_a_callback_can_stop_the_run() -> None:
+    seen = []
+    history = Case().fit(callbacks=[lambda run: (seen.append((run.epoch, run.step)), run.epoch == 2 and run.stop())])
+    assert seen == [(1, 3), (2, 6)]
+    assert len(history) == 2
+
+
+def test_pruning_at_the_end_of_epochs() -> None:
+    case = Case()
+    history = case.fit(epochs=6, lr=0.05, prune=vdo.piecewise_linear((1, 8.0), (6, -2.0)))
+    kept = [row["kept"] for row in history]
+    masks = [case.guide.sites.get_submodule(name).kept for name in case.guide.posteriors()]
+    assert 0 < sum(int(mask.sum()) for mask in masks) <= kept[-1] < kept[0]
+    assert kept == sorted(kept, reverse=True)
+
+
+# --------------------------------------------------------------------------- data
+
+
+def test_batches_of_every_kind() -> None:
+    x, y = data()
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(5), 1).to_event(1))
+        with pyro.plate("data", small_run.NUM_EXAMPLES, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(x @ w, 1), obs=torch.zeros(len(x)))
+
+    loader = DataLoader(TensorDataset(x, y), batch_size=BATCH)
+    kinds = [[x], [(x,)], [[x, y]], [{"x": x, "y": y}], loader, lambda: [x], lambda epoch: [x] * (epoch + 1), iter([x])]
+    for kind in kinds:
+        guide = vdo.AutoFactorizedNormal(model)
+        history = vdo.fit(model, guide, kind, epochs=1, progress=False)
+        assert len(history) == 1
+    epochs: list[int] = []
+    vdo.fit(model, vdo.AutoFactorizedNormal(model), lambda epoch: epochs.append(epoch) or [x], epochs=3, progress=False)
+    assert epochs == [0, 1, 2]
+
+
+BATCH = small_run.BATCH
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda: data(), "data must be an iterable of batches, not the tensors themselves"),
+        (lambda: data()[0], "data must be an iterable of batches, not the tensors themselves"),
+        (lambda: TensorDataset(*data()), "Wrap it in torch.utils.data.DataLoader"),
+        (lambda: iter([data()]), "empty after one epoch"),
+        (lambda: 3, "an iterable of batches or a function"),
+        (lambda: [], "no batches in epoch 1"),
+    ],
+)
+def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Case().fit(bad())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": -1}, "epochs must be positive"),
+        ({"validate_every": 0}, "validate_every must be positive"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be positive"),
+        ({"kl_weight": -1.0}, "kl_weight must be >= 0"),
+        ({"kl_weight": lambda epoch: -1.0}, "factor must be >= 0"),
+        ({"clip_grad": 0.0}, "clip_grad must be > 0"),
+        ({"resume": "always"}, "resume must be"),
+        ({"resume": True}, "needs checkpoint"),
+        ({"loss": JitTrace_ELBO(), "kl_weight": vdo.kl_warmup()}, "compiles the first step"),
+    ],
+)
+def test_arguments_that_make_no_sense(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Case().fit(**options)
+
+
+def test_a_guide_of_pyro_trains_and_cannot_be_pruned() -> None:
+    case = Case(guide=lambda model: AutoNormal(model, init_loc_fn=vdo.init_to_pretrained))
+    history = case.fit(epochs=3, lr=0.01)
+    assert "kept" not in history[0]
+    assert math.isfinite(history[-1]["loss"])
+    with pytest.raises(ValueError, match=r"prune needs a guide with prune\(threshold\), not AutoNormal"):
+        case.fit(prune=3.0)
+
+
+def test_without_parameters() -> None:
+    def model(x: torch.Tensor) -> None:
+        pyro.sample("x", dist.Normal(0, 1), obs=x)
+
+    with pytest.raises(ValueError, match="neither model nor guide has a parameter"):
+        vdo.fit(model, lambda x: None, [torch.ones(())], epochs=1, progress=False)
+
+
+# --------------------------------------------------------------------------- numbers that go wrong
+
+
+def poisoned(value: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    x, y = data()
+    bad = x.clone()
+    bad[3, 1] = value
+    return [(x, y), (x, y), (bad, y)]
+
+
+@pytest.mark.parametrize("validation", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_data_that_are_not_finite(value: float, validation: bool) -> None:
+    case, good = Case(), Case()
+    good.fit(poisoned(0.0)[:2], epochs=1)
+    with pyro.validation_enabled(validation), pytest.raises(vdo.NumericalError) as caught:
+        case.fit(poisoned(value), epochs=1)
+    error = caught.value
+    assert (error.step, error.epoch) == (3, 1)
+    kind = "1 nan and 0 infinite" if math.isnan(value) else "0 nan and 1 infinite"
+    assert f"argument 0 of the batch holds {kind} values of 300; clean the data" in str(error)
+    assert "in step 3 (epoch 1)" in str(error)
+    assert same(case.state(), good.state())  # parameters and BatchNorm as after the last good step
+    assert len(case.fit(epochs=1)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    def model(x: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1).to_event(1))
+        offset = pyro.param("offset", torch.zeros(()))
+        pyro.sample("x", dist.Normal((w.sum() + offset.sqrt()), 1), obs=x)
+
+    guide = AutoNormal(model)
+    with pytest.raises(vdo.NumericalError, match=r"a gradient is not finite in step 1 .*site 'offset'") as caught:
+        vdo.fit(model, guide, [torch.ones(())], epochs=1, progress=False)
+    assert float(pyro.param("offset").detach()) == 0.0
+    assert caught.value.site == "offset"
+    assert caught.value.history == []
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_model_that_breaks_down_names_the_site_and_the_largest_parameter() -> None:
+    def model(x: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0, 1))
+        size = pyro.param("size", torch.tensor(200.0))
+        pyro.sample("x", dist.Normal(w * size.exp(), 1), obs=x)
+
+    with (
+        pyro.validation_enabled(False),
+        pytest.raises(vdo.NumericalError, match=r"site 'x': its parameter 'loc' holds .*'size' \(200\)"),
+    ):
+        vdo.fit(model, vdo.AutoFactorizedNormal(model), [torch.ones(())], epochs=1, progress=False)
+
+
+def test_large_gradients_that_are_finite_are_no_error() -> None:
+    def model(x: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1).to_event(1))
+        pyro.factor("large", 1e25 * w.sum())
+
+    vdo.fit(model, vdo.AutoFactorizedNormal(model), [torch.ones(())], epochs=1, clip_grad=1.0, progress=False)
+
+
+def test_an_ordinary_mistake_stays_what_it_is() -> None:
+    x, y = data()
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        Case().fit([(x[:, :3], y)])
+    assert not isinstance(caught.value, vdo.NumericalError)
+
+
+@pytest.mark.parametrize("lr", [10.0, 1e6])
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_huge_learning_rate_ends_in_numbers_or_in_a_clear_error(lr: float) -> None:
+    case = Case(batch_norm=False)
+    with contextlib.suppress(vdo.NumericalError):
+        assert math.isfinite(case.fit(epochs=10, lr=lr)[-1]["loss"])
+    assert all(bool(torch.isfinite(value).all()) for value in case.state().values())
+
+
+# --------------------------------------------------------------------------- what is left alone
+
+
+def global_state() -> list[object]:
+    return [
+        torch.get_rng_state().tolist(),
+        np.random.get_state()[1].tolist(),
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.distributions.Distribution._validate_args,
+        pyro.infer.util.is_validation_enabled(),
+        pyro.poutine.util.is_validation_enabled(),
+        sorted(pyro.get_param_store().keys()),
+        threading.active_count(),
+        torch.is_grad_enabled(),
+        list(pyro.poutine.runtime._PYRO_STACK),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_global_state_is_left_as_it_was_found() -> None:
+    pyro.param("mine", torch.ones(2))
+    before = global_state()
+    case = Case()
+    case.fit(validate=[data(1)], prune=3.0)
+    assert global_state() == before
+    with pytest.raises(vdo.NumericalError):
+        Case().fit(poisoned(math.nan))
+    assert global_state() == before
+    with pytest.raises(KeyboardInterrupt):
+        Case().fit(callbacks=[lambda run: (_ for _ in ()).throw(KeyboardInterrupt)])
+    assert global_state() == before
+
+
+def test_without_a_seed_it_draws_from_the_global_state() -> None:
+    first, second, third = Case(), Case(), Case()
+    first.fit(seed=None)
+    second.fit(seed=None)
+    torch.manual_seed(small_run_seed := 5)
+    third.fit(seed=None)
+    again = Case()
+    torch.manual_seed(small_run_seed)
+    again.fit(seed=None)
+    assert not same(first.state(), second.state())
+    assert same(third.state(), again.state())
+
+
+def test_two_trainings_in_two_threads_do_not_disturb_each_other() -> None:
+    alone = [Case(), Case()]
+    for at, case in enumerate(alone):
+        case.fit(seed=at, epochs=6)
+    together = [Case(), Case()]
+    before = global_state()
+    threads = [threading.Thread(target=case.fit, kwargs={"seed": at, "epochs": 6}) for at, case in enumerate(together)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same(a.state(), b.state()) for a, b in zip(alone, together, strict=True))
+    assert global_state() == before
+
+
+def test_nothing_is_kept_from_step_to_step() -> None:
+    counts = []
+
+    def count(run: vdo.Run) -> None:
+        if run.epoch in (2, 5):
+            gc.collect()
+            counts.append(sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects()))
+
+    Case().fit(epochs=5, callbacks=[count])
+    assert counts[0] == counts[1]
+
+
+def test_two_models_of_one_shape_stay_apart() -> None:
+    alone, one, other = Case(), Case(), Case()
+    alone.fit()
+    one.fit()
+    other.fit(seed=11)
+    assert same(alone.state(), one.state())
+    assert not same(one.state(), other.state())
+
+
+def test_a_plain_module_in_the_model_trains_too() -> None:
+    net = nn.Linear(5, 1)
+    x, _ = data()
+
+    def model(x: torch.Tensor) -> None:
+        pyro.module("net", net)
+        noise = pyro.sample("noise", dist.Normal(0, 1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(net(x).squeeze(-1) + noise, 1), obs=x[:, 0])
+
+    before = net.weight.detach().clone()
+    vdo.fit(model, vdo.AutoFactorizedNormal(model), [x], epochs=2, progress=False)
+    assert not torch.equal(before, net.weight)
