@@ -7,6 +7,7 @@ section 10); by the central limit theorem a linear map does not notice the diffe
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -98,8 +99,8 @@ class FastDropoutNoise(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.p = p
-        self.log_alpha = torch.tensor(alpha_of_rate(p)).log().item() if p > 0 else -float("inf")
+        alpha = alpha_of_rate(p)
+        self.p, self.log_alpha = p, math.log(alpha) if alpha > 0 else -math.inf
 
     def forward(self, theta: Tensor) -> Tensor:
         """The undrawn weight."""

@@ -1,0 +1,226 @@
+"""Unit noise layers: insertion, guides, folding into the neighbouring weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from torch import nn
+
+import pyro_vdo as vdo
+from pyro_vdo.units import scale_inputs, scale_outputs
+
+
+def classifier(net):
+    def model(x, y=None):
+        logits = net(x)
+        with pyro.plate("data", 500, subsample_size=len(x)):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    return model
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def random_noise(net: nn.Module) -> None:
+    """Put random scales, some of them zero, in place of the ones."""
+    for module in net.modules():
+        if isinstance(module, vdo.UnitNoise):
+            with torch.no_grad():
+                module.weight.uniform_(0.2, 1.0)
+                module.weight[::3] = 0
+
+
+def test_insertion_keeps_keys_and_leaves_the_network_alone():
+    net = mlp()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    noisy = vdo.add_unit_noise(net)
+    assert set(noisy.state_dict()) == {*before, "0.noise.weight", "2.noise.weight"}
+    assert set(net.state_dict()) == set(before)
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(noisy(x), net(x))  # factors of one
+    random_noise(noisy)
+    assert not torch.allclose(noisy(x), net(x))
+    torch.testing.assert_close(copy.deepcopy(noisy)(x), noisy(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(noisy))(x), noisy(x))
+
+
+def test_a_copy_has_noise_of_its_own():
+    noisy = vdo.add_unit_noise(mlp())
+    copied = copy.deepcopy(noisy)
+    x = torch.randn(4, 5)
+    expected = noisy(x)
+    random_noise(copied)
+    torch.testing.assert_close(noisy(x), expected)
+
+
+def test_bayesian_copy_leaves_the_noisy_network_alone():
+    noisy = vdo.add_unit_noise(mlp())
+    bayesian = vdo.to_bayesian(noisy, {vdo.UnitNoise: vdo.TruncatedLogUniform()})
+    assert set(bayesian.state_dict()) == set(noisy.state_dict())
+    x = torch.randn(4, 5)
+    zeros = {f"{at}.noise.weight": torch.full((size,), 0.5) for at, size in [("0", 8), ("2", 6)]}
+    with torch.no_grad():
+        out = pyro.condition(classifier(bayesian), zeros)  # runs with the given noise
+        pyro.poutine.trace(out).get_trace(x)
+    torch.testing.assert_close(noisy(x), mlp_of(noisy)(x))
+
+
+def mlp_of(noisy: nn.Module) -> nn.Module:
+    plain = mlp()
+    plain.load_state_dict({key: value for key, value in noisy.state_dict().items() if "noise" not in key})
+    return plain
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (mlp, (4, 5)),
+        (
+            lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU()),
+            (3, 2, 7, 7),
+        ),
+        (lambda: nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv1d(4, 2, 1)), (3, 4, 9)),
+        (
+            lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), nn.ConvTranspose2d(6, 2, 2)),
+            (3, 4, 5, 5),
+        ),
+    ],
+    ids=["mlp", "conv2d", "conv1d", "transposed"],
+)
+def test_folded_noise_is_the_same_function(build, shape, side):
+    torch.manual_seed(0)
+    noisy = vdo.add_unit_noise(build(), side=side)
+    random_noise(noisy)
+    folded = vdo.fold_unit_noise(noisy)
+    assert not any(isinstance(module, vdo.UnitNoise) for module in folded.modules())
+    x = torch.randn(shape)
+    torch.testing.assert_close(folded(x), noisy(x), rtol=1e-5, atol=1e-6)
+    assert set(folded.state_dict()) == set(build().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "gone"),
+    [
+        (lambda: [nn.Linear(5, 8), vdo.UnitNoise(8), nn.Tanh(), nn.Linear(8, 2)], (4, 5), True),
+        (lambda: [nn.Linear(5, 8), nn.ReLU(), vdo.UnitNoise(8), nn.Linear(8, 2)], (4, 5), True),
+        (lambda: [nn.Linear(5, 8), nn.Tanh(), vdo.UnitNoise(8), nn.Linear(8, 2)], (4, 5), True),
+        (lambda: [nn.Linear(5, 8), nn.Tanh(), vdo.UnitNoise(8), nn.Tanh()], (4, 5), False),
+        (lambda: [vdo.UnitNoise(5), nn.Linear(5, 2)], (4, 5), True),
+        (lambda: [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), vdo.UnitNoise(4, 2)],
+         (3, 1, 9, 9), True),
+        (lambda: [nn.Conv2d(1, 4, 3), nn.Flatten(), vdo.UnitNoise(36), nn.Linear(36, 2)], (3, 1, 5, 5), True),
+    ],
+    ids=["after linear", "after relu", "before linear", "nowhere", "inputs", "batch norm", "flattened"],
+)  # fmt: skip
+def test_noise_layers_in_a_sequential_are_folded_where_that_is_exact(layers, shape, gone):
+    torch.manual_seed(0)
+    net = nn.Sequential(*layers())
+    random_noise(net)
+    net.eval()
+    folded = vdo.fold_unit_noise(net)
+    x = torch.randn(shape)
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-5, atol=1e-6)
+    assert any(isinstance(module, vdo.UnitNoise) for module in folded.modules()) is not gone
+
+
+def test_negative_factors_do_not_pass_an_activation():
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), vdo.UnitNoise(8), nn.Tanh())
+    nn.init.constant_(net[2].weight, -0.5)
+    folded = vdo.fold_unit_noise(net)
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(folded(x), net(x))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 6), nn.Conv2d(4, 6, 2, groups=2), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ConvTranspose1d(4, 6, 2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_scaling_of_weights_is_scaling_of_units(layer):
+    positions = (3,) * (layer.weight.dim() - 2)
+    x = torch.randn(2, 4, *positions)
+    s_in, s_out = torch.rand(4), torch.rand(6)
+    outputs, inputs = copy.deepcopy(layer), copy.deepcopy(layer)
+    scale_outputs(outputs, s_out)
+    scale_inputs(inputs, s_in)
+    column = (-1, *(1,) * len(positions))
+    torch.testing.assert_close(outputs(x), layer(x) * s_out.reshape(column))
+    torch.testing.assert_close(inputs(x), layer(x * s_in.reshape(column)))
+
+
+def test_choice_of_layers():
+    assert "2.noise.weight" not in vdo.add_unit_noise(mlp(), ["0"]).state_dict()
+    assert "4.noise.weight" in vdo.add_unit_noise(mlp(), lambda name, module: name == "4").state_dict()
+    with pytest.raises(ValueError, match=r"names \['1'\]; the layers that can have noise are \['0', '2', '4'\]"):
+        vdo.add_unit_noise(mlp(), ["1"])
+    with pytest.raises(ValueError, match="no layer"):
+        vdo.add_unit_noise(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="side must be"):
+        vdo.add_unit_noise(mlp(), side="left")
+    with pytest.raises(ValueError, match="units >= 1"):
+        vdo.UnitNoise(0)
+
+
+def train(model, guide, x, y, steps, lr):
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": lr}), Trace_ELBO())
+    for _ in range(steps):
+        svi.step(x, y)
+
+
+def test_structured_pruning_end_to_end():
+    """Half of the inputs carry nothing: their noise takes over, and what is exported has lost them."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    y = (x[:, 0] + x[:, 1] > 0).long()
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    noisy = vdo.add_unit_noise(net, ["0"], side="input")
+    bayesian = vdo.to_bayesian(noisy, {vdo.UnitNoise: vdo.TruncatedLogUniform()})
+    model = classifier(bayesian)
+    guide = vdo.AutoFactorizedNormal(model)
+    train(model, guide, x, y, 500, 0.03)
+    kept = vdo.unit_masks(guide)["0.noise_in.weight"]
+    assert kept.tolist() == [True, True, False, False, False, False]
+    scales = vdo.unit_scales(guide)["0.noise_in.weight"]
+    assert (scales[2:] == 0).all()
+    torch.testing.assert_close(scales[:2], vdo.unit_posteriors(guide)["0.noise_in.weight"].mean[:2])
+    guide.eval()
+    draws = Predictive(model, guide=guide, num_samples=20, parallel=True)(x[:50])
+    assert draws["y"].shape == (20, 50)
+    assert draws["0.noise_in.weight"].shape[-1] == 6
+    assert ((draws["0.noise_in.weight"] > 0) & (draws["0.noise_in.weight"] <= 1)).all()
+
+
+def test_median_and_quantiles_are_in_the_interval():
+    bayesian = vdo.to_bayesian(vdo.add_unit_noise(mlp()), {vdo.UnitNoise: vdo.TruncatedLogUniform(-5.0, 0.0)})
+    model, x = classifier(bayesian), torch.randn(4, 5)
+    guide = vdo.AutoFactorizedNormal(model, init_scale=0.5).setup(x, torch.zeros(4).long())
+    q = vdo.unit_posteriors(guide)["0.noise.weight"]
+    torch.testing.assert_close(q.cdf(guide.median()["0.noise.weight"]), torch.full((8,), 0.5))
+    low, high = guide.quantiles([0.1, 0.9])["0.noise.weight"]
+    torch.testing.assert_close(q.cdf(low), torch.full((8,), 0.1), rtol=1e-4, atol=0)
+    assert (low < high).all()
+    assert "0.noise.weight" not in guide.posteriors()  # these are the Normal ones, with log alpha
+
+
+def test_guide_of_a_site_written_by_hand():
+    def model():
+        pyro.sample("theta", vdo.TruncatedLogUniform(-3.0, 1.0).expand([4]).to_event(1))
+
+    guide = vdo.AutoFactorizedNormal(model).setup()
+    q = vdo.unit_posteriors(guide)["theta"]
+    assert (q.a, q.b, q.batch_shape) == (-3.0, 1.0, (4,))
+    torch.testing.assert_close(q.loc, torch.ones(4))  # starts at the upper end: no damping
+
+
+def test_unit_functions_need_a_guide_of_this_package():
+    with pytest.raises(TypeError, match="AutoFactorizedNormal, not dict"):
+        vdo.unit_masks({})
