@@ -8,7 +8,10 @@ from pyro_vdo import rules_embedding as _rules_embedding  # noqa: F401  register
 from pyro_vdo import rules_views as _rules_views  # noqa: F401  registers rules
 from pyro_vdo.batches import TensorBatches
 from pyro_vdo.checkpoint import CheckpointError, read_checkpoint
+from pyro_vdo.compact import compact_module
+from pyro_vdo.dependency import ExportError
 from pyro_vdo.dropout import BinaryDropout, GaussianDropout, alpha_of_rate, fast_dropout, rate_of_alpha
+from pyro_vdo.export import export, predict_three_ways, prune_module, reestimate_batch_norm
 from pyro_vdo.gaussian_dropout import AutoGaussianDropout
 from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, init_to_pretrained, register_posterior
 from pyro_vdo.handlers import local_reparameterization, scale_kl
@@ -26,6 +29,7 @@ from pyro_vdo.run import Run
 from pyro_vdo.scale_mixtures import Horseshoe, ScaleMixtureNormal
 from pyro_vdo.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
 from pyro_vdo.special import use_compiled
+from pyro_vdo.storage import ExportFileError, load, read_header, save
 from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
 from pyro_vdo.training import fit
 from pyro_vdo.units import (
@@ -56,6 +60,8 @@ __all__ = [
     "CheckpointError",
     "EarlyStop",
     "EmpiricalBayesNormal",
+    "ExportError",
+    "ExportFileError",
     "FactorizedNormal",
     "GaussianDropout",
     "GaussianDropoutNormal",
@@ -79,9 +85,11 @@ __all__ = [
     "UnitNoise",
     "add_unit_noise",
     "alpha_of_rate",
+    "compact_module",
     "cosine_decay",
     "diagnostics",
     "dropout_rate",
+    "export",
     "fast_dropout",
     "fit",
     "fold_unit_noise",
@@ -89,17 +97,23 @@ __all__ = [
     "init_to_pretrained",
     "kl_warmup",
     "linear_decay",
+    "load",
     "local_reparameterization",
     "log_alpha",
     "masks",
     "piecewise_linear",
     "plots",
+    "predict_three_ways",
+    "prune_module",
     "rate_of_alpha",
     "read_checkpoint",
+    "read_header",
+    "reestimate_batch_norm",
     "register_posterior",
     "register_rule",
     "sample_linear",
     "sample_normal",
+    "save",
     "scale_kl",
     "scale_units",
     "signal_to_noise",
