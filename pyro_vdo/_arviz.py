@@ -88,11 +88,12 @@ def interval(prob: float | None = None, kind: str | None = None) -> Interval:
 
 def smooth(log_weights: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Pareto-smoothed, normalised log weights (last axis: draws) and k-hat, by ArviZ's own ``psislw``."""
-    if IS_TREE:
-        array_stats = importlib.import_module("arviz_stats.base").array_stats
-        smoothed, khat = array_stats.psislw(-log_weights, axis=-1)  # it takes log likelihoods, and negates them
-    else:
-        smoothed, khat = _stats.psislw(log_weights)
+    with np.errstate(over="ignore", divide="ignore"):  # the fit weighs candidates by 1 / sum(exp(...)), which may be 0
+        if IS_TREE:
+            array_stats = importlib.import_module("arviz_stats.base").array_stats
+            smoothed, khat = array_stats.psislw(-log_weights, axis=-1)  # it takes log likelihoods, and negates them
+        else:
+            smoothed, khat = _stats.psislw(log_weights)
     return np.asarray(smoothed), np.asarray(khat)
 
 

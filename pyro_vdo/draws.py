@@ -267,7 +267,7 @@ class Sampler:
             log_prob = Normal(0.0, scale, validate_args=False).log_prob(value)
             if q.pruned is not None:
                 log_prob = log_prob.masked_fill(q.pruned, 0.0)
-            result[name] = log_prob.flatten(1).double().sum(1)
+            result[name] = log_prob.reshape(len(value), -1).double().sum(1)
         return result
 
 

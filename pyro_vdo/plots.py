@@ -67,28 +67,29 @@ def plot_log_alpha(
     edges = threshold + step * np.arange(math.floor((low - threshold) / step), math.ceil((high - threshold) / step) + 1)
     axes = figure_axes(axes, len(values), 1, 7.0, 1.3 + 1.5 * len(values), sharex=True)[:, 0]
     for ax, (name, value) in zip(axes, values.items(), strict=True):
-        counts, _ = np.histogram(np.clip(value, edges[0], edges[-1]), edges)
-        colours = np.where(edges[:-1] < threshold - step / 2, KEPT, PRUNED)
-        ax.bar(edges[:-1], counts, step, align="edge", color=colours)
-        ax.axvline(threshold, color=ACCENT, lw=1.5, ls="--")
-        ax.set_yscale("symlog", linthresh=1)
-        ax.set_ylim(0, max(counts.max(), 1) * 3)
-        ax.set_ylabel("weights", fontsize=9, color=INK)
-        kept = int((value < threshold).sum())
-        ax.set_title(f"{name}: {kept:,} of {value.size:,} kept ({100 * kept / value.size:.2g} %)", fontsize=10,
-                     loc="left", color=INK)  # fmt: skip
-        clean(ax)
+        _log_alpha_bars(ax, name, value, edges, threshold)
     top = axes[0].get_xaxis_transform()
     axes[0].text(threshold, 0.97, f" zero from {threshold:g} on", color=ACCENT, transform=top, va="top", fontsize=9)
-    axes[-1].set_xlabel(
-        r"$\log\,\alpha = \log(\sigma^2/\mu^2)$   (noise over signal; small: needed, large: not needed)", color=INK
-    )
-    for ax, value in zip(axes, values.values(), strict=True):
-        beyond = int((value > edges[-1]).sum())
-        if beyond:
-            text = f"last bar: {beyond:,} from {edges[-1]:.0f} on"
-            ax.text(1.0, 1.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=INK)
+    label = r"$\log\,\alpha = \log(\sigma^2/\mu^2)$   (noise over signal; small: needed, large: not needed)"
+    axes[-1].set_xlabel(label, color=INK)
     return axes  # type: ignore[no-any-return]
+
+
+def _log_alpha_bars(ax: Axes, name: str, value: Array, edges: Array, threshold: float) -> None:
+    counts, _ = np.histogram(np.clip(value, edges[0], edges[-1]), edges)
+    step = edges[1] - edges[0]
+    ax.bar(edges[:-1], counts, step, align="edge", color=np.where(edges[:-1] < threshold - step / 2, KEPT, PRUNED))
+    ax.axvline(threshold, color=ACCENT, lw=1.5, ls="--")
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set_ylim(0, max(counts.max(), 1) * 3)
+    ax.set_ylabel("weights", fontsize=9, color=INK)
+    kept, beyond = int((value < threshold).sum()), int((value > edges[-1]).sum())
+    title = f"{name}: {kept:,} of {value.size:,} kept ({100 * kept / value.size:.2g} %)"
+    ax.set_title(title, fontsize=10, loc="left", color=INK)
+    if beyond:
+        text = f"last bar: {beyond:,} from {edges[-1]:.0f} on"
+        ax.text(1.0, 1.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=INK)
+    clean(ax)
 
 
 # --------------------------------------------------------------------------- training
@@ -255,10 +256,11 @@ def plot_forest(
     target: Axes = figure_axes(ax, 1, 1, 6.8, 1.3 + 0.26 * len(wide))[0, 0]
     site_of = [row.partition("[")[0] for row in wide.index]
     colours = dict(zip(dict.fromkeys(site_of), _LAYERS * len(wide), strict=False))
-    for y, (name, (_, outside), (_, inside)) in enumerate(zip(site_of, wide.iterrows(), inner.iterrows(), strict=True)):
-        target.plot(outside.iloc[2:4], [y, y], color=colours[name], lw=1.3, solid_capstyle="round")
-        target.plot(inside.iloc[2:4], [y, y], color=colours[name], lw=3.6, solid_capstyle="round")
-        target.plot(outside["mean"], y, "o", color="white", mec=colours[name], mew=1.4, ms=5.5)
+    outer_ends, inner_ends = wide.iloc[:, 2:4].to_numpy(), inner.iloc[:, 2:4].to_numpy()
+    for y, name in enumerate(site_of):
+        target.plot(outer_ends[y], [y, y], color=colours[name], lw=1.3, solid_capstyle="round")
+        target.plot(inner_ends[y], [y, y], color=colours[name], lw=3.6, solid_capstyle="round")
+        target.plot(wide["mean"].iloc[y], y, "o", color="white", mec=colours[name], mew=1.4, ms=5.5)
     for name, colour in colours.items() if len(colours) > 1 else ():
         target.plot([], [], color=colour, lw=3.6, label=name)
         target.legend(frameon=False, fontsize=8)
