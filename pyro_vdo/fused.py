@@ -24,6 +24,8 @@ ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
 
 # Elements in a chunk: long enough to hide the cost of a call, short enough to stay in the cache of a core.
 _CHUNK = 2**16
+# Up to here the number of calls costs more than the arithmetic.
+_SHORT = 2**13
 # Below this a call of a compiled kernel costs more than it saves.
 _SMALLEST_COMPILED = 2**14
 
@@ -102,11 +104,20 @@ def _pairs(num: tuple[float, ...], den: tuple[float, ...], dtype: torch.dtype) -
     return tuple(torch.tensor(column, dtype=dtype, device="cpu").unsqueeze(1) for column in columns)
 
 
-def _polynomials(coefficients: tuple[Tensor, ...], t: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    torch.addcmul(coefficients[1], coefficients[0], t, out=out)
-    for coefficient in coefficients[2:]:
-        torch.addcmul(coefficient, out, t, out=out)
-    return out[0], out[1]
+def _quotient(num: tuple[float, ...], den: tuple[float, ...], t: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
+    """num(t) and den(t), each a row of ``pair``."""
+    if len(t) > _SHORT:  # two rows at once would not fit into the cache
+        for coefficients, row in ((num, pair[0]), (den, pair[1])):
+            first, *rest = special._constants(coefficients[-2::-1], t.dtype)
+            torch.add(first, t, alpha=coefficients[-1], out=row)
+            for coefficient in rest:
+                torch.addcmul(coefficient, row, t, out=row)
+    else:
+        highest, first, *rest = _pairs(num, den, t.dtype)
+        torch.addcmul(first, highest, t, out=pair)
+        for coefficient in rest:
+            torch.addcmul(coefficient, pair, t, out=pair)
+    return pair[0], pair[1]
 
 
 def _chunks(length: int) -> tuple[int, list[slice]]:
@@ -117,7 +128,6 @@ def _chunks(length: int) -> tuple[int, list[slice]]:
 def _chunked_sum(loc: Tensor, variance: Tensor) -> Tensor:
     """Sum of the KL for vectors on the CPU; not finite where t overflows."""
     fit = special._fit(loc.dtype)
-    coefficients = _pairs(fit.value_num, fit.value_den, loc.dtype)
     size, parts = _chunks(len(loc))
     pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
     sums = []
@@ -127,7 +137,7 @@ def _chunked_sum(loc: Tensor, variance: Tensor) -> Tensor:
         t, clamped = t_full[:count], clamped_full[:count]
         torch.mul(mean, mean, out=t).div_(var)
         torch.clamp(t, max=fit.limit**2, out=clamped)
-        num, den = _polynomials(coefficients, clamped, pair[:, :count])
+        num, den = _quotient(fit.value_num, fit.value_den, clamped, pair[:, :count])
         sums.append(t.mul_(num).div_(den).log1p_().sum())
     return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) * 0.5
 
@@ -136,7 +146,6 @@ def _chunked_gradient(loc: Tensor, variance: Tensor, weight: Tensor, entropy_wei
     """Gradients of ``weight * KL + entropy_weight * sum of log_scale`` in loc and log_scale, for vectors on the CPU."""
     fit = special._fit(loc.dtype)
     dloc, dlog_scale = torch.empty_like(loc), torch.empty_like(loc)
-    coefficients = _pairs(fit.slope_num, fit.slope_den, loc.dtype)
     size, parts = _chunks(len(loc))
     pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
     zero, factor = loc.new_zeros(()), weight.item()
@@ -146,7 +155,7 @@ def _chunked_gradient(loc: Tensor, variance: Tensor, weight: Tensor, entropy_wei
         t, clamped = t_full[:count], clamped_full[:count]
         torch.mul(mean, mean, out=t)
         torch.div(t, var, out=clamped).clamp_(max=fit.limit**2)
-        num, den = _polynomials(coefficients, clamped, pair[:, :count])
+        num, den = _quotient(fit.slope_num, fit.slope_den, clamped, pair[:, :count])
         # KL'(r) / scale = num / den / (r + c / r) / scale = num * loc / (den * (loc^2 + c scale^2)), see special.py.
         den.mul_(t.add_(var, alpha=fit.shift))
         slope = torch.addcdiv(zero, num.mul_(mean), den, value=factor, out=dloc[part])
