@@ -28,9 +28,14 @@ def _normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
     return _LOG_UNIFORM_KLS[p.kl](q.loc, q.scale)
 
 
+def _bounded_log_alpha(loc: Tensor, scale: Tensor, largest: float) -> Tensor:
+    """min(log alpha, largest), with gradient 0 and not nan at loc = 0."""
+    return 2 * (scale.log() - torch.maximum(loc.abs(), math.exp(-0.5 * largest) * scale).log())
+
+
 def _molchanov(loc: Tensor, scale: Tensor) -> Tensor:
     """The sigmoid fit: k1 - k1 sigmoid(k2 + k3 log alpha) + log(1 + 1/alpha) / 2 (Molchanov et al. 2017, eq. 14)."""
-    la = log_alpha(loc, scale).clamp(max=80.0)
+    la = _bounded_log_alpha(loc, scale, 80.0)
     return 0.63576 * torch.sigmoid(-(1.87320 + 1.48695 * la)) + 0.5 * F.softplus(-la)
 
 
@@ -39,7 +44,7 @@ def _kingma(loc: Tensor, scale: Tensor) -> Tensor:
 
     Above alpha = 1 it stays constant (the paper clips alpha to 1); normalised to the exact KL as alpha tends to 0.
     """
-    la = log_alpha(loc, scale).clamp(max=0.0)
+    la = _bounded_log_alpha(loc, scale, 0.0)
     alpha = la.exp()
     return _KL_AT_ZERO - 0.5 * la - 1.16145124 * alpha + 1.50204118 * alpha**2 - 0.58629921 * alpha**3
 

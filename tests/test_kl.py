@@ -1,0 +1,115 @@
+"""The registered divergences, against 50-digit values, quadrature and Monte Carlo."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+import pyro_vdo as vdo
+
+REFERENCE = json.loads((Path(__file__).parent / "data" / "log_uniform_kl.json").read_text())
+LOG_ALPHA = torch.tensor(REFERENCE["log_alpha"], dtype=torch.float64)
+KL = torch.tensor(REFERENCE["kl"], dtype=torch.float64)
+SLOPE = torch.tensor(REFERENCE["dkl_dlog_alpha"], dtype=torch.float64)
+
+
+def at(log_alpha: Tensor, loc: float = 1.0) -> tuple[Tensor, Tensor]:
+    return torch.full_like(log_alpha, loc), abs(loc) * (0.5 * log_alpha).exp()
+
+
+@pytest.mark.parametrize("loc", [1.0, -1.0, 1e-6, 1e5])
+def test_exact_kl_and_its_slope(loc: float) -> None:
+    log_alpha = LOG_ALPHA.clone().requires_grad_()
+    kl = kl_divergence(vdo.FactorizedNormal(*at(log_alpha, loc), validate_args=False), vdo.LogUniform())
+    torch.testing.assert_close(kl.detach(), KL, rtol=1e-12, atol=1e-12)
+    kl.sum().backward()
+    torch.testing.assert_close(log_alpha.grad, SLOPE, rtol=1e-8, atol=1e-10)
+
+
+def test_float32() -> None:
+    kl = kl_divergence(Normal(*at(LOG_ALPHA.float())), vdo.LogUniform())
+    torch.testing.assert_close(kl.double(), KL, rtol=2e-6, atol=2e-6)
+
+
+def test_published_fits_are_what_the_papers_say() -> None:
+    """Molchanov et al. 2017, eq. 14, is off by up to 0.0094 where log alpha lies in [-8, 8]; Kingma et al. 2015,
+    eq. 12, is good for alpha <= 1 and constant above."""
+    molchanov = kl_divergence(Normal(*at(LOG_ALPHA)), vdo.LogUniform(kl="molchanov"))
+    off = (molchanov - KL).abs()
+    assert 0.009 < float(off.max()) < 0.0095
+    alpha = LOG_ALPHA.exp()
+    paper = -(0.63576 * torch.sigmoid(1.87320 + 1.48695 * LOG_ALPHA) - 0.5 * torch.log1p(1 / alpha) - 0.63576)
+    torch.testing.assert_close(molchanov, paper, rtol=1e-10, atol=1e-10)
+    kingma = kl_divergence(Normal(*at(LOG_ALPHA)), vdo.LogUniform(kl="kingma"))
+    small = LOG_ALPHA <= 0
+    assert float((kingma - KL)[small].abs().max()) < 0.05
+    assert float(kingma[~small].std()) < 1e-12
+    c = (1.16145124, -1.50204118, 0.58629921)
+    difference = kingma + 0.5 * LOG_ALPHA + c[0] * alpha + c[1] * alpha**2 + c[2] * alpha**3
+    torch.testing.assert_close(difference[small], difference[0].expand(int(small.sum())))
+
+
+@pytest.mark.parametrize("kl", ["exact", "molchanov", "kingma"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_at_zero_and_far_out(kl: str, dtype: torch.dtype) -> None:
+    loc = torch.tensor([0.0, 1e-30, 1.0, -1e15, 1.0, 3.0], dtype=dtype, requires_grad=True)
+    scale = torch.tensor([1.0, 1e-2, 1e15, 1.0, 1e-15, 1e-30], dtype=dtype, requires_grad=True)
+    value = kl_divergence(Normal(loc, scale), vdo.LogUniform(kl=kl))  # type: ignore[arg-type]
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert loc.grad is not None
+    assert scale.grad is not None
+    assert torch.isfinite(loc.grad).all()
+    assert torch.isfinite(scale.grad).all()
+    assert loc.grad[0] == 0
+    assert bool((value >= -1e-6).all())
+
+
+def test_unknown_kl_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"kl must be one of \('exact', 'molchanov', 'kingma'\), not 'fancy'"):
+        vdo.LogUniform(kl="fancy")  # type: ignore[arg-type]
+
+
+def test_empirical_bayes_is_the_optimum() -> None:
+    """The KL to Normal(0, lambda^2), minimised over lambda by a grid."""
+    loc, scale = torch.tensor([0.0, 0.3, -2.0]).double(), torch.tensor([0.5, 0.7, 0.1]).double()
+    grid = torch.linspace(-4, 4, 200_001).double().exp().unsqueeze(-1)
+    best = kl_divergence(Normal(loc, scale), Normal(torch.zeros(()).double(), grid)).min(0).values
+    got = kl_divergence(Normal(loc, scale), vdo.EmpiricalBayesNormal())
+    torch.testing.assert_close(got, best, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(got, 0.5 * torch.log1p((loc / scale) ** 2))
+
+
+@pytest.mark.parametrize("prior", [vdo.LogUniform(), dist.Normal(0.3, 2.0)], ids=["log-uniform", "normal"])
+def test_kl_is_the_average_of_log_q_minus_log_p(prior: object) -> None:
+    """The constant in ``LogUniform.log_prob`` makes Monte Carlo and the registered KL agree."""
+    loc, scale = torch.tensor([0.0, 1.0, -3.0]).double(), torch.tensor([1.0, 0.5, 1.0]).double()
+    q = Normal(loc, scale)
+    count = 400_000
+    w = q.sample((count,))
+    terms = q.log_prob(w) - prior.log_prob(w)  # type: ignore[attr-defined]
+    error = terms.std(0) / count**0.5
+    assert (error < 0.01).all()
+    assert ((terms.mean(0) - kl_divergence(q, prior)).abs() < 4.5 * error).all()  # type: ignore[arg-type]
+
+
+def test_shapes_broadcast() -> None:
+    q = vdo.FactorizedNormal(torch.randn(5, 1), torch.rand(3) + 0.1)
+    assert kl_divergence(q, vdo.LogUniform().expand([5, 3])).shape == (5, 3)
+    assert kl_divergence(q.to_event(2), vdo.LogUniform().expand([5, 3]).to_event(2)).shape == ()
+    assert kl_divergence(q.to_event(1), vdo.LogUniform().expand([5, 3]).to_event(1)).shape == (5,)
+
+
+def test_kl_near_infinite_alpha_is_zero() -> None:
+    q = Normal(torch.tensor(1e-12, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    assert float(kl_divergence(q, vdo.LogUniform())) == pytest.approx(0.5e-24, rel=1e-6)
+    far = Normal(torch.tensor(1e12, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    limit = math.log(1e12) + (0.57721566490153286 + math.log(2)) / 2
+    assert float(kl_divergence(far, vdo.LogUniform())) == pytest.approx(limit, rel=1e-14)
