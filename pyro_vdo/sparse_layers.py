@@ -246,7 +246,7 @@ class SparseConv2d(_Csr):
         span = (rows - 1) * width + columns
         shape = (self.out_channels, -(-rows // self.stride[0]), -(-columns // self.stride[1]))
         result = x.new_empty(batch, *shape)
-        runs = x.reshape(batch, -1).unfold(1, span, 1).transpose(0, 1)  # (start, batch, span)
+        runs = x.reshape(batch, channels * height * width).unfold(1, span, 1).transpose(0, 1)  # (start, batch, span)
         offsets = self._run_starts(height, width)
         chunk = max(1, _CHUNK // max(1, span * offsets.numel()))
         for first in range(0, batch, chunk):
