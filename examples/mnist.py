@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 import pyro_vdo as vdo
 from pyro_vdo.checkpoint import write_atomically
-from pyro_vdo.export import export, predict_three_ways
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULTS: dict[str, Any] = {
@@ -168,7 +167,7 @@ class Program:
 
     def error(self, threshold: float, x: Tensor, y: Tensor) -> float:
         """Error of the mean network, pruned at ``threshold``."""
-        return error(export(self.net, self.guide, "masked", threshold=threshold), x, y)
+        return error(vdo.export(self.net, self.guide, "masked", threshold=threshold), x, y)
 
     def choose_threshold(self, x: Tensor, y: Tensor) -> tuple[float, list[dict[str, float]]]:
         """The lowest threshold whose validation error is within the tolerance of the best one."""
@@ -186,16 +185,14 @@ class Program:
     def finish(self, threshold: float, x: Tensor, y: Tensor, path: Path) -> dict[str, Any]:
         """Errors on the test set, counts, and the exported network."""
         net, guide, samples = self.net.cpu(), self.guide.cpu(), self.recipe["samples"]
-        three = predict_three_ways(net, guide, parts(x, y), wrong, num_samples=samples, threshold=threshold)
+        three = vdo.predict_three_ways(net, guide, parts(x, y), wrong, num_samples=samples, threshold=threshold)
         result: dict[str, Any] = {"test_error": three}
         if not self.recipe["structured"]:
             table = vdo.sparsity(guide, threshold)
             result["layers"] = table.frame.reset_index(names="site").to_dict("records")
             result |= {"weights": table.weights, "kept": table.kept, "compression": table.compression}
         form = "compact" if self.recipe["structured"] else "compact+sparse"
-        small = export(net, guide, form, threshold=threshold, example_inputs=x[:2])
-        if not hasattr(vdo, "save"):
-            return result
+        small = vdo.export(net, guide, form, threshold=threshold, example_inputs=x[:2])
         vdo.save(small, path)
         shapes = {name: list(value.shape) for name, value in small.state_dict().items()}
         exported = {"file": path.name, "bytes": path.stat().st_size, "form": form, "shapes": shapes}
