@@ -53,13 +53,16 @@ class _Propagation(TorchDispatchMode):
 
     def __init__(self, inputs: Any) -> None:
         super().__init__()
-        # by identity; holding the tensor keeps its id from being given to another one
-        self.tainted = {id(t): t for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_floating_point()}
+        # by memory, so that views count; holding the tensor keeps the memory from being given to another one
+        self.tainted: dict[int, Tensor] = {}
+        for t in tree_leaves(inputs):
+            if isinstance(t, Tensor) and not t.is_floating_point():
+                self._taint(t)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        tainted = any(id(t) in self.tainted for t in tensors)
+        tainted = any(_memory(t) in self.tainted for t in tensors)
         packet = func.overloadpacket
         random = torch.Tag.nondeterministic_seeded in func.tags
         if not tainted and not random and not any(bool(_is_unknown(t).any()) for t in tensors):
@@ -74,25 +77,30 @@ class _Propagation(TorchDispatchMode):
         # An operation in place may swallow the NaNs of its operand, so they are looked up before it runs.
         unknown = [_is_unknown(t) for t in tensors] if _is_elementwise(func) and not (tainted or random) else None
         result = func(*args, **kwargs)
-        if carried:
-            return result  # the indices of a max pooling, the only integers here, are of no use to a layer
-        return tree_map_only(Tensor, lambda t: self._forget(t, unknown), result)
+        return tree_map_only(Tensor, lambda t: self._forget(t, [] if carried else unknown), result)
 
     def _forget(self, result: Tensor, unknown: list[Tensor] | None) -> Tensor:
         """Make ``result`` unknown: where one of the masks is true, or everywhere."""
         if not (result.is_floating_point() or result.is_complex()):
-            self.tainted[id(result)] = result
-            return result
+            return self._taint(result)
         if unknown is None:
             return result.fill_(torch.nan)
         for mask in unknown:
             result.masked_fill_(mask, torch.nan)
         return result
 
+    def _taint(self, t: Tensor) -> Tensor:
+        self.tainted[_memory(t)] = t
+        return t
+
     def _embedding(self, weight: Tensor, result: Tensor) -> Tensor:
         """Whatever the entry, a column that is the same in all of them is known."""
         varies = (weight != weight[:1]).any(0)
         return result.masked_fill(varies, torch.nan)
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def _is_elementwise(func: Any) -> bool:

@@ -146,12 +146,12 @@ def network_sites(net: nn.Module) -> dict[str, str]:
 
     :raises ExportError: if there is none.
     """
-    result = bayesian_weights(net)
+    result, prefix = bayesian_weights(net), f"{net._pyro_name}." if getattr(net, "_pyro_name", "") else ""
     for path, module in net.named_modules():
         if isinstance(module, PyroModule):
             for attribute in _compat.sampled_names(module):
                 local = f"{path}.{attribute}" if path else attribute
-                result.setdefault(local, _compat.full_name(module, attribute))
+                result.setdefault(local, prefix + local)
     if not result:
         raise ExportError(
             f"{type(net).__name__} has no weight that is a latent site; export takes the network that to_bayesian "
