@@ -24,7 +24,7 @@ from torch.distributions import Distribution
 # --------------------------------------------------------------------------- parameters
 
 # Pyro keys parameters by name in one global store, so that two networks of the same shape would share their
-# biases without a word. Every name here belongs to one live module; the next module gets a numbered name.
+# biases without a word. A name in the store belongs to one live module; the next module gets a numbered name.
 _OWNERS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
 
@@ -52,7 +52,7 @@ def _claim(owner: nn.Module, name: str, param: nn.Parameter) -> str:
     if known is not None and store._params.get(known) is param and _OWNERS.get(known) is owner:
         return known
     candidate, number = name, 1
-    while _OWNERS.get(candidate, owner) is not owner:
+    while candidate in store._params and _OWNERS.get(candidate, owner) is not owner:
         number += 1
         candidate = f"{name}/{number}"
     stale = store._params.get(candidate)
@@ -112,6 +112,11 @@ def module_context(module: PyroModule) -> Any:
 def full_name(module: PyroModule, name: str) -> str:
     """The name that Pyro gives to attribute ``name`` of ``module``."""
     return module._pyro_get_fullname(name)
+
+
+def root_name(module: PyroModule) -> str:
+    """The name that prefixes the sites of ``module``; empty for an unnamed root."""
+    return str(module._pyro_name)
 
 
 def set_root_name(module: PyroModule, name: str) -> None:
@@ -215,17 +220,23 @@ _STRUCTURE = frozenset({pyro.infer.predictive._predictive.__code__})
 
 
 def only_structure_is_asked() -> bool:
-    """True where ``Predictive`` runs the model alone to learn its shapes, and forgets the values."""
+    """True where the model runs alone to learn its shapes: for ``Predictive`` and for a guide that sets itself up.
+
+    The latter meets sites that are hidden from it, as the parts of an ``AutoGuideList`` are from each other.
+    """
     frame = sys._getframe(1)
     initializing = False
     while frame is not None:
         initializing |= frame.f_code is _INIT_TO_SAMPLE
+        if frame.f_code is _SETUP:
+            return True
         if frame.f_code in _STRUCTURE:
             return initializing
         frame = frame.f_back  # type: ignore[assignment]
     return False
 
 
+_SETUP = pyro.infer.autoguide.AutoGuide._setup_prototype.__code__
 _INIT_TO_SAMPLE = pyro.infer.autoguide.initialization.init_to_sample.__code__
 
 #: code that makes predictions, beside Pyro's own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_vdo import _compat, handlers
+from pyro_vdo.blocks import Alive, Block
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.priors import WeightPrior
 from pyro_vdo.pruning import Prunable
-from pyro_vdo.weights import ReusePolicy
+from pyro_vdo.weights import ReusePolicy, Undrawn
 
 Init = Callable[[Any], Any]
 
@@ -46,6 +48,8 @@ def init_to_pretrained(site: Any = None, *, fallback: Init = init_to_median) -> 
     pretrained = getattr(site["fn"], "pretrained", None)
     shape = site["fn"].shape()
     if pretrained is not None and pretrained.shape == shape:
+        if not bool(torch.isfinite(pretrained).all()):
+            raise ValueError(f"init_to_pretrained: the weight '{site['name']}' of the network is not finite")
         return pretrained.detach().clone()
     prior = base_prior(site["fn"])
     if isinstance(prior, WeightPrior):
@@ -71,6 +75,7 @@ class SitePosterior(nn.Module):
         log_scale = torch.as_tensor(init_scale, dtype=loc.dtype, device=loc.device).log()
         self.log_scale = nn.Parameter(log_scale.expand_as(loc).clone())
         self.register_buffer("kept", None)
+        self._known_alive: tuple[tuple[Tensor, int] | None, Alive | None] = (None, None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "loc" in state_dict:
@@ -91,13 +96,32 @@ class SitePosterior(nn.Module):
         :param policy: what to do when a weight is used in two ways.
         """
         loc, log_scale = read("loc"), read("log_scale")
-        kept = read("kept")
-        if kept is not None:  # pruned weights are constants: Normal(0, 1), which the samples do not show
-            zero = torch.zeros((), dtype=loc.dtype, device=loc.device)
-            loc, log_scale = torch.where(kept, loc, zero), torch.where(kept, log_scale, zero)
+        kept, block = read("kept"), None
+        if kept is not None:
+            alive = self._alive(kept)
+            if alive is not None:
+                parts = alive.take(loc), alive.take(log_scale), alive.take(kept)
+                block = Block(alive, *without_pruned(*parts), parts[2])
+            loc, log_scale = without_pruned(loc, log_scale, kept)
         return FactorizedNormal(
-            loc, log_scale=log_scale, name=name, policy=policy, kept=kept, validate_args=False
+            loc, log_scale=log_scale, name=name, policy=policy, kept=kept, block=block, validate_args=False
         )
+
+    def _alive(self, kept: Tensor) -> Alive | None:
+        """Rows and columns with anything left, found once for each mask."""
+        if kept is not self.kept:  # of a pass alone, or of a part of the site
+            return None
+        key, alive = self._known_alive
+        if key is None or key[0] is not kept or key[1] != kept._version:
+            alive = Alive.of(kept)
+            self._known_alive = (kept, kept._version), alive
+        return alive
+
+
+def without_pruned(loc: Tensor, log_scale: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """``loc`` and ``log_scale`` with Normal(0, 1), a constant, in place of pruned weights; no sample shows it."""
+    zero = torch.zeros((), dtype=loc.dtype, device=loc.device)
+    return torch.where(kept, loc, zero), torch.where(kept, log_scale, zero)
 
 
 #: class of prior -> how the guide approximates its sites, in place of a Normal in unconstrained space
@@ -156,6 +180,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         strict: bool = False,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
+        if not callable(model):
+            raise TypeError(f"AutoFactorizedNormal: model must be a function or module with Pyro sites, not {model!r}")
         if not callable(init_scale) and not init_scale > 0:
             raise ValueError(f"AutoFactorizedNormal: init_scale must be > 0, not {init_scale}")
         if isinstance(draw, str):
@@ -175,8 +201,15 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with torch.no_grad():
-            super()._setup_prototype(*args, **kwargs)
+        try:
+            with torch.no_grad():
+                super()._setup_prototype(*args, **kwargs)
+            self._setup_sites()
+        except BaseException:
+            self.prototype_trace = None  # a second call starts over
+            raise
+
+    def _setup_sites(self) -> None:
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
         if not sites:
             raise ValueError(
@@ -188,6 +221,9 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             raise ValueError(f"AutoFactorizedNormal: draw names {sorted(unknown)}; the sites are {sorted(sites)}")
         for name, site in sites.items():
             self._setup_site(name, site)
+        for site in self.prototype_trace.nodes.values():  # a prototype should not hold the data
+            if site["type"] != "sample" or site["is_observed"]:
+                site.update(args=(), kwargs={}, value=None)
 
     def _setup_site(self, name: str, site: Any) -> None:
         fn = site["fn"]
@@ -199,8 +235,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         value = site["value"].detach()
         if not value.is_floating_point():
             raise ValueError(f"AutoFactorizedNormal: site '{name}' has dtype {value.dtype}; it must be floating point")
-        kind = self._site_class(fn)
-        loc = kind.initial(value, fn)
+        loc = (_registered(base_prior(fn)) or SitePosterior).initial(value, fn)
         event_dim = fn.event_dim + loc.dim() - value.dim()
         for frame in site["cond_indep_stack"]:  # a subsampled site has parameters for the full data
             full_size = frame.full_size or frame.size
@@ -209,21 +244,23 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
                 loc = loc.index_select(frame.dim - event_dim, index)
         if not bool(torch.isfinite(loc).all()):
             raise ValueError(f"AutoFactorizedNormal: the initial value of site '{name}' is not finite")
-        scale = self.init_scale(loc) if callable(self.init_scale) else self.init_scale
-        self._set_site(name, kind(loc.clone(memory_format=torch.contiguous_format), scale))
+        scale = torch.as_tensor(self.init_scale(loc) if callable(self.init_scale) else self.init_scale)
+        if not bool((scale > 0).all()):
+            raise ValueError(f"AutoFactorizedNormal: init_scale gives a scale for site '{name}' that is not positive")
+        self._set_site(name, self._make_site(name, fn, loc.clone(memory_format=torch.contiguous_format), scale))
         # Keep the shape and forget the numbers: a prototype should not cost the memory of a second network.
         site["value"] = value.new_zeros(()).expand(value.shape)
         site["infer"]["vdo_event_dim"] = event_dim
 
-    def _site_class(self, fn: Any) -> type[SitePosterior]:
-        return _registered(base_prior(fn)) or SitePosterior
+    def _make_site(self, name: str, fn: Any, loc: Tensor, scale: Tensor | float) -> SitePosterior:
+        return (_registered(base_prior(fn)) or SitePosterior)(loc, scale)
 
     def _site(self, name: str) -> SitePosterior:
         # Reading the attribute ``sites`` inside of a call would register its parameters with Pyro a second time.
         return self._modules["sites"].get_submodule(name)  # type: ignore[union-attr,return-value]
 
     def _set_site(self, name: str, posterior: SitePosterior) -> None:
-        node: nn.Module = self.sites
+        node: nn.Module = self._modules["sites"]  # type: ignore[assignment]  # see _site
         *path, last = name.split(".")
         for part in path:
             if part not in node._modules:
@@ -246,12 +283,15 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         self.setup(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         undrawn = self.training and handlers.local_reparameterization_enabled()
+        undrawn = undrawn and not _compat.joint_samples_are_needed()
         result = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             with ExitStack() as stack:
                 for frame in site["cond_indep_stack"]:
                     stack.enter_context(plates[frame.name])
-                result[name] = self._sample_site(name, site, undrawn and name not in self.draw)
+                result[name] = self._sample_site(name, site, undrawn)
+                if undrawn and name in self.draw and isinstance(result[name], Undrawn):
+                    result[name].draw()  # type: ignore[attr-defined]  # densities still ask for the expectation
         return result
 
     def _sample_site(self, name: str, site: Any, undrawn: bool) -> Tensor:
@@ -282,7 +322,9 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             if attribute == "kept":
                 value = self._mask(part)
             else:
-                value = _compat.param_statement(part, full_name, getattr(part, attribute))
+                value = getattr(part, attribute)
+                if isinstance(value, nn.Parameter):  # others are fixed
+                    value = _compat.param_statement(part, full_name, value)
             if value is None:
                 return None
             return pyro.subsample(value, event_dim=event_dim) if subsampled else value
@@ -300,6 +342,14 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
     def posteriors(self) -> dict[str, FactorizedNormal]:
         """The posterior of every real-valued site by name, with ``loc``, ``scale`` and ``log_alpha`` (detached)."""
         return {name: self._detached(name) for name, site in self._require_setup() if _is_real(site["fn"].support)}
+
+    def site_names(self) -> list[str]:
+        """The names of all latent sites."""
+        return [name for name, _ in self._require_setup()]
+
+    def site_posterior(self, name: str) -> Any:
+        """The posterior of one site, detached; of an unconstrained one where its support is not that of a family."""
+        return self._detached(name)
 
     def _detached(self, name: str) -> Any:
         part = self._site(name)
@@ -348,8 +398,6 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
                 module._update_master(reference)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFactorizedNormal:
-        import copy
-
         memo[id(self._model)] = self._model  # the copy is a guide of the same model
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied

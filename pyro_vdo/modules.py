@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from pyro.nn import PyroModule, PyroSample
@@ -58,13 +60,39 @@ class WeightDeclaration:
 
     def __call__(self, module: Any) -> Any:
         pretrained = _compat.get_buffer(module, self.attribute)
+        _check_plates(_compat.full_name(module, self.attribute))
         prior = _move(self.prior, pretrained)
-        fn = prior.expand(pretrained.shape).to_event(pretrained.dim())  # type: ignore[attr-defined]
+        expanded = prior.expand(pretrained.shape)  # type: ignore[attr-defined]
+        expanded.like = pretrained
+        fn = expanded.to_event(pretrained.dim())
         fn.pretrained = pretrained
         fn.is_unit_noise = isinstance(module, UnitNoise)
         fn.layout = weight_layout(module, self.attribute)
         fn.dim_names = _dim_names(module, self.attribute, pretrained.dim())
         return fn
+
+
+def _check_plates(name: str) -> None:
+    """A network that is called inside of the plate of the data has weights, and a KL, for each data point."""
+    for frame in _compat.data_plates():
+        advice = (
+            f"Call the network before the plate: logits = net(x); with pyro.plate('{frame.name}', ...): "
+            "pyro.sample(..., obs=y)."
+        )
+        full_size = getattr(frame, "full_size", None) or frame.size
+        if full_size != frame.size:
+            raise ValueError(
+                f"weight '{name}' is sampled inside of plate '{frame.name}', which subsamples {frame.size} of "
+                f"{full_size}: every data point would have a weight of its own, and the KL would be counted for each "
+                f"of the {full_size}. {advice}"
+            )
+        if frame.dim == -1:
+            warnings.warn(
+                f"weight '{name}' is sampled inside of plate '{frame.name}': every one of its {frame.size} elements "
+                f"has a weight, and a KL, of its own. {advice}",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def _dim_names(module: nn.Module, attribute: str, count: int) -> tuple[str, ...]:
@@ -125,8 +153,7 @@ def to_bayesian(
         _convert(bayesian.get_submodule(owner), attribute, weight_prior)
     for module in bayesian.modules():
         module.__class__ = _bayesian_class(type(module))
-    if name:
-        _compat.set_root_name(bayesian, name)
+    _compat.set_root_name(bayesian, name)
     return bayesian
 
 
@@ -213,6 +240,10 @@ def _check_tied(net: nn.Module, chosen: Iterable[str]) -> None:
                     )
 
 
+#: true while a network is printed
+_PRINTING: ContextVar[bool] = ContextVar("pyro_vdo_printing", default=False)
+
+
 class BayesianModule(PyroModule):
     """Mixin of every module that ``to_bayesian`` returns: its parameters are never shared by name (see _compat)."""
 
@@ -222,12 +253,32 @@ class BayesianModule(PyroModule):
             if _compat.module_context(self).active:
                 _compat.param_statement(self, _compat.full_name(self, name), params[name])
             return params[name]
+        if _PRINTING.get() and name in self.__dict__.get("_buffers", ()):
+            return self.__dict__["_buffers"][name]
         value = super().__getattr__(name)
         if isinstance(value, Tensor) and not isinstance(value, Undrawn):
             pretrained = self.__dict__["_buffers"].get(name)
             if pretrained is not None and value.dim() > pretrained.dim():
                 return _align_particles(value, pretrained.dim()).as_subclass(DrawnWeight)
         return value
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        super()._pyro_set_supermodule(name, context)
+        _compat.use_first_paths(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        for param in self._parameters.values():
+            if param is not None:  # a reference that Pyro's store leaves, and that cannot be pickled
+                param.__dict__.pop("unconstrained", None)
+        return self.__dict__.copy()
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``print(net)``, which samples nothing."""
+        token = _PRINTING.set(True)
+        try:
+            return super().extra_repr()
+        finally:
+            _PRINTING.reset(token)
 
 
 def _align_particles(value: Tensor, event_dim: int) -> Tensor:
@@ -246,6 +297,43 @@ def _align_particles(value: Tensor, event_dim: int) -> Tensor:
     return value
 
 
+#: normalisation layer -> number of dimensions of its input, without positions where these are optional
+_NORM_LAYERS: dict[type[nn.Module], int] = {
+    nn.BatchNorm1d: 2,
+    nn.BatchNorm2d: 4,
+    nn.BatchNorm3d: 5,
+    nn.SyncBatchNorm: 2,
+    nn.InstanceNorm1d: 3,
+    nn.InstanceNorm2d: 4,
+    nn.InstanceNorm3d: 5,
+    nn.GroupNorm: 2,
+}
+
+
+class BayesianNorm(BayesianModule):
+    """Mixin of normalisation layers, which know dimensions by their place and remember the data that they see."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's own, where that is right; see the messages."""
+        kind = plain_class(type(self)).__name__
+        sizes = _compat.particle_sizes()
+        usual = next((dim for layer, dim in _NORM_LAYERS.items() if isinstance(self, layer)), x.dim())
+        if sizes and x.dim() > usual and x.shape[0] in sizes:
+            raise ValueError(
+                f"{kind} '{self._pyro_name}' got input of shape {tuple(x.shape)}, whose first dimension holds "
+                f"{x.shape[0]} samples of the weights: it would take them for data points. Draw one after another: "
+                "Predictive(..., parallel=False), Trace_ELBO(vectorize_particles=False)."
+            )
+        if self.training and getattr(self, "track_running_stats", False) and _compat.predictions_are_made():
+            warnings.warn(
+                f"{kind} '{self._pyro_name}' is in training mode while predictions are made: they depend on the batch, "
+                "and they change its running statistics. Call net.eval() first (guide.eval() does not reach the net).",
+                UserWarning,
+                stacklevel=2,
+            )
+        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return,misc]
+
+
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -255,7 +343,8 @@ def _bayesian_class(kind: type[nn.Module]) -> type[nn.Module]:
         return kind
     if kind not in _CLASSES:
         plain = plain_class(kind)
-        mixed = type(kind.__name__, (BayesianModule, kind), {"__reduce__": _reduce, "_vdo_plain": plain})
+        mixin = BayesianNorm if issubclass(kind, tuple(_NORM_LAYERS)) else BayesianModule
+        mixed = type(kind.__name__, (mixin, kind), {"__reduce__": _reduce, "_vdo_plain": plain})
         _CLASSES[kind] = mixed
     return _CLASSES[kind]
 

@@ -35,6 +35,8 @@ class WeightPrior(TorchDistribution):
     support = constraints.real
     has_rsample = False
     _validate_args = False
+    #: a tensor of the dtype and on the device of the weights, where that is known
+    like: Tensor | None = None
 
     def __init__(self, batch_shape: torch.Size | tuple[int, ...] = ()) -> None:
         super().__init__(torch.Size(batch_shape), validate_args=False)
@@ -52,7 +54,6 @@ class WeightPrior(TorchDistribution):
             return self.log_density(safe) * value.kept
         return self.log_density(value)
 
-    def initial_value(self, shape: torch.Size) -> Tensor:
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """Declare the rightmost dimensions dependent, as in Pyro."""
         count = len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
@@ -62,6 +63,7 @@ class WeightPrior(TorchDistribution):
         """KL of the law of a whole weight, summed over its event dimensions, where there is a faster way to it."""
         return None
 
+    def initial_value(self, shape: torch.Size) -> Tensor:
         """Where a guide starts without a pretrained value: Normal(0, 1/fan_in) noise, as there is nothing to sample."""
         return torch.randn(shape) / max(shape[-1] if shape else 1, 1) ** 0.5
 
@@ -70,9 +72,10 @@ class WeightPrior(TorchDistribution):
         self._refuse()
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Refused, except where ``Predictive`` wants the shape alone: there it is zeros."""
+        """Refused, except where ``Predictive`` or a guide in its setup want the shape: there it is a starting value."""
         if _compat.only_structure_is_asked():
-            return torch.zeros(self._extended_shape(torch.Size(sample_shape)))
+            shape = self._extended_shape(torch.Size(sample_shape))
+            return self.initial_value(shape) if self.like is None else self.like.detach().expand(shape).clone()
         self._refuse()
 
     def _refuse(self) -> NoReturn:
@@ -83,7 +86,6 @@ class WeightPrior(TorchDistribution):
         )
 
 
-class LogUniform(WeightPrior):
 class WeightEvent(dist.Independent):
     """``Independent`` around a prior over weights, which knows sums over whole weights."""
 
@@ -97,6 +99,7 @@ class WeightEvent(dist.Independent):
         return super().log_prob(value)  # type: ignore[no-any-return]
 
 
+class LogUniform(WeightPrior):
     """Improper log-uniform prior p(w) proportional to 1/|w| (Kingma, Salimans, Welling 2015, section 4.2).
 
     It prefers no magnitude to any other and thereby prunes: the KL depends on alpha = sigma^2/mu^2 only. Neither the
@@ -122,11 +125,13 @@ class WeightEvent(dist.Independent):
         """The prior over a tensor of shape ``batch_shape``."""
         return LogUniform(self.kl, batch_shape=torch.Size(batch_shape))
 
-    def log_density(self, value: Tensor) -> Tensor:
     def kl_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
         """The sum of the exact KL, value and gradient in one pass each."""
-        return weight.log_uniform_kl_sum(event_dim) if self.kl == "exact" else None
+        if self.kl == "exact":
+            return weight.log_uniform_kl_sum(event_dim)
+        return weight.elementwise_kl_sum(self, event_dim) if self.kl == "molchanov" else None
 
+    def log_density(self, value: Tensor) -> Tensor:
         """-log|w| + c, where c makes the Monte Carlo average of log q - log p equal the exact KL."""
         return _LOG_UNIFORM_CONSTANT - value.abs().log()
 
@@ -137,22 +142,52 @@ class WeightEvent(dist.Independent):
 class EmpiricalBayesNormal(WeightPrior):
     """Normal(0, lambda^2) whose lambda is always at its optimum for the posterior at hand (empirical Bayes).
 
-    lambda^2 = E_q w^2 = mu^2 + sigma^2 maximises the ELBO in lambda, and leaves KL = log(1 + mu^2/sigma^2) / 2 =
-    log(1 + 1/alpha) / 2 for each weight (Kharitonov, Molchanov, Vetrov 2018, eq. 7).
+    lambda^2 = mean over the group of E_q w^2 = mu^2 + sigma^2 maximises the ELBO in lambda, in closed form. With a lambda
+    for each weight it leaves KL = log(1 + mu^2/sigma^2) / 2 = log(1 + 1/alpha) / 2 (Kharitonov, Molchanov, Vetrov 2018,
+    eq. 7); on a linear model that is automatic relevance determination (MacKay 1994; Tipping 2001). With a larger group
+    it is a Normal prior with a learned scale.
+
+    :param group: what shares a lambda: ``"weight"`` (nothing), ``"input"``, ``"output"``, ``"layer"`` (one for all), or
+        the dimensions of the weight that tell groups apart, see :func:`pyro_vdo.groups.shared_dims`.
+    :raises ValueError: for an unknown group.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, *, batch_shape: torch.Size | tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        group: Group = "weight",
+        *,
+        batch_shape: torch.Size | tuple[int, ...] = (),
+        weight_dim: int | None = None,
+    ) -> None:
+        self.group = check_group(group, "EmpiricalBayesNormal")
+        self._weight_dim = weight_dim
         super().__init__(batch_shape)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> EmpiricalBayesNormal:
-        """The prior over a tensor of shape ``batch_shape``."""
-        return EmpiricalBayesNormal(batch_shape=torch.Size(batch_shape))
+        """The prior over a tensor of shape ``batch_shape``; the first expansion tells how many dimensions a weight has."""
+        shape = torch.Size(batch_shape)
+        known = self._weight_dim or len(self.batch_shape) or len(shape)
+        return EmpiricalBayesNormal(self.group, batch_shape=shape, weight_dim=known)
+
+    def weight_dim(self, ndim: int) -> int:
+        """The number of rightmost dimensions that are the weight, of ``ndim``; those left of it are particles."""
+        return min(ndim, self._weight_dim or len(self.batch_shape) or ndim)
+
+    def kl_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
+        """The sum of the KL without the rows and columns that are pruned."""
+        return weight.elementwise_kl_sum(self, event_dim) if self.group == "weight" else None
+
+    def optimal_scale(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """lambda for a posterior Normal(loc, scale^2), one for each group, broadcastable against ``loc``."""
+        second = loc.square() + scale.square()
+        return group_mean(second, self.group, self.weight_dim(loc.dim())).sqrt()
 
     def log_density(self, value: Tensor) -> Tensor:
-        """Log density at a real number with lambda = |w|, its optimum: -log|w| - (1 + log 2 pi) / 2."""
-        return -value.abs().log() - 0.5 * (1 + math.log(2 * math.pi))
+        """Log density at real numbers with lambda at its optimum for them, lambda^2 = mean w^2 over the group."""
+        second = group_mean(value.square(), self.group, self.weight_dim(value.dim()))
+        return -0.5 * (value.square() / second + second.log() + math.log(2 * math.pi))
 
     def __repr__(self) -> str:
-        return f"EmpiricalBayesNormal(batch_shape={tuple(self.batch_shape)})"
+        return f"EmpiricalBayesNormal(group={self.group!r}, batch_shape={tuple(self.batch_shape)})"
