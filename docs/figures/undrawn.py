@@ -16,10 +16,10 @@ def box(ax: plt.Axes, x: float, y: float, text: str, colour: str, width: float, 
 
 def main() -> None:
     """Draw the picture."""
-    figure, ax = plt.subplots(figsize=(8.6, 3.6))
+    figure, ax = plt.subplots(figsize=(10.4, 3.4))
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.axis("off")
-    box(ax, 0.01, 0.5, "an undrawn weight\n$w \\sim N(\\mu, \\sigma^2)$\na tensor with a shape\nand no number", BLUE, 0.24, 0.42)
+    box(ax, 0.01, 0.5, "an undrawn weight\n$w \\sim N(\\mu, \\sigma^2)$\na tensor with a shape\nand no number", BLUE, 0.2, 0.46)
     rows = [
         (0.85, "a linear map takes it\n$y = x\\,w$", "local reparameterization: draw the result\n"
          "$y = x\\mu + \\sqrt{x^2 \\sigma^2}\\;\\varepsilon$, one $\\varepsilon$ for each data point", BLUE),
@@ -29,9 +29,9 @@ def main() -> None:
          "$w = \\mu + \\sigma\\varepsilon$", GREY),
     ]  # fmt: skip
     for y, condition, result, colour in rows:
-        box(ax, 0.35, y, condition, colour, 0.21)
-        box(ax, 0.63, y, result, colour, 0.36)
-        for start, stop in (((0.265, 0.5), (0.335, y)), ((0.575, y), (0.615, y))):
+        box(ax, 0.29, y, condition, colour, 0.23)
+        box(ax, 0.59, y, result, colour, 0.39)
+        for start, stop in (((0.226, 0.5), (0.276, y)), ((0.535, y), (0.577, y))):
             ax.add_patch(FancyArrowPatch(start, stop, arrowstyle="-|>", mutation_scale=12, color=colour, lw=1.4))
     save(figure, "undrawn.svg")
 
