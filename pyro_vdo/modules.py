@@ -172,6 +172,7 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Distribution]) -> d
         if param is not None
     }
     chosen = _names(candidates, where)
+    _check_keys(priors, candidates, net)
     _check_tied(net, chosen)
     result = {}
     for full_name in chosen:
@@ -182,10 +183,15 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Distribution]) -> d
                 f"to_bayesian: '{full_name}' belongs to {type(module).__name__}, which hands its weights to a fused "
                 "kernel. Write the recurrence with Linear layers and draw=[...] in the guide, or leave it out of where."
             )
-        if not param.is_floating_point():
-            raise ValueError(f"to_bayesian: '{full_name}' has dtype {param.dtype}; weights must be floating point")
         if isinstance(param, nn.parameter.UninitializedParameter):
             raise ValueError(f"to_bayesian: '{full_name}' is lazy; run the network once before converting it")
+        if not param.is_floating_point():
+            raise ValueError(f"to_bayesian: '{full_name}' has dtype {param.dtype}; weights must be floating point")
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(
+                f"to_bayesian: '{full_name}' belongs to an embedding with max_norm={module.max_norm}, which rewrites "
+                "its weight in place; a random weight cannot be rewritten. Build the embedding without max_norm."
+            )
         prior = _prior_for(full_name, path, module, priors)
         if prior is not None:
             if tuple(prior.batch_shape) + tuple(prior.event_shape) not in ((), tuple(param.shape)):
@@ -201,6 +207,16 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Distribution]) -> d
             f"Its parameters: {sorted(candidates)}"
         )
     return result
+
+
+def _check_keys(priors: Mapping[Any, Distribution], candidates: Iterable[str], net: nn.Module) -> None:
+    known = {*candidates, *(path for path, _ in net.named_modules())}
+    unknown = [key for key in priors if isinstance(key, str) and key not in known]
+    if unknown:
+        raise ValueError(
+            f"to_bayesian: prior names {unknown}, which are neither parameters nor modules; the parameters are "
+            f"{sorted(candidates)}"
+        )
 
 
 def _names(candidates: Mapping[str, tuple[str, nn.Module]], where: Any) -> list[str]:

@@ -1,0 +1,382 @@
+"""to_bayesian on the networks that people have."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+
+import pyro_vdo as vdo
+from pyro_vdo.modules import LAYERS, bayesian_weights
+from pyro_vdo.weights import GaussianWeight, Undrawn
+
+
+class Residual(nn.Module):
+    """Nested modules, a skip connection, normalisation, dropout, a parameter of its own and a fixed buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3, 6)
+        self.block = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.1), nn.Linear(6, 6, bias=False))
+        self.head = nn.ModuleDict({"out": nn.Linear(6, 2)})
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.register_buffer("shift", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        h = h + self.block(h)
+        out: Tensor = self.head["out"](F.relu(h)) * self.temperature + self.shift
+        return out
+
+
+X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(0, 2, (20,), generator=torch.Generator().manual_seed(1))
+
+
+def classifier(net: Any) -> Any:
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        logits = net(x)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)  # type: ignore[no-any-return]
+
+    return model
+
+
+def fit(net: Any, x: Tensor = X, y: Tensor = Y, steps: int = 4, **options: Any) -> Any:
+    model = classifier(net)
+    guide = vdo.AutoFactorizedNormal(model, strict=True, **options)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(torch.isfinite(torch.tensor(svi.step(x, y))) for _ in range(steps))
+    return guide
+
+
+# --------------------------------------------------------------------------- what is converted
+
+
+def test_default_choice_is_the_weights_of_layers_with_a_rule() -> None:
+    plain = Residual()
+    net = vdo.to_bayesian(plain, vdo.LogUniform())
+    assert bayesian_weights(net) == {n: n for n in ("stem.weight", "block.3.weight", "head.out.weight")}
+    assert set(dict(net.named_parameters())) == {
+        "stem.bias", "block.0.weight", "block.0.bias", "head.out.bias", "temperature"
+    }  # fmt: skip
+    assert set(net.state_dict()) == set(plain.state_dict())
+    assert isinstance(net, Residual)
+    assert isinstance(net, PyroModule)
+    assert type(plain) is Residual
+    assert isinstance(plain.stem.weight, nn.Parameter)
+    assert net.head["out"].in_features == 6
+    guide = fit(net)
+    assert guide.posteriors().keys() == {"stem.weight", "block.3.weight", "head.out.weight"}
+
+
+def test_where() -> None:
+    plain = Residual()
+    net = vdo.to_bayesian(plain, vdo.LogUniform(), where=["stem.weight", "stem.bias"])
+    assert set(bayesian_weights(net)) == {"stem.weight", "stem.bias"}
+    guide = fit(net)
+    assert guide.posteriors()["stem.bias"].loc.shape == (6,)
+    net = vdo.to_bayesian(plain, vdo.LogUniform(), where=lambda name, module: isinstance(module, nn.BatchNorm1d))
+    assert set(bayesian_weights(net)) == {"block.0.weight", "block.0.bias"}
+    fit(net)  # drawn, as batch_norm has no rule
+    net = vdo.to_bayesian(plain, vdo.LogUniform(), where="temperature")
+    assert set(bayesian_weights(net)) == {"temperature"}
+    fit(net)
+
+
+def test_priors_by_name_module_and_type() -> None:
+    priors = {"stem.weight": dist.Normal(0.0, 1.0), "head.out": dist.Laplace(0.0, 0.5), nn.Linear: vdo.LogUniform()}
+    net = vdo.to_bayesian(Residual(), priors)
+    trace = poutine.trace(
+        poutine.condition(net, data={n: v for n, v in net.state_dict().items() if n == "block.3.weight"})
+    ).get_trace(X)
+    kinds = {n: type(trace.nodes[n]["fn"].base_dist).__name__ for n in bayesian_weights(net)}
+    assert kinds["stem.weight"] in ("Normal", "ExpandedDistribution")
+    assert kinds["block.3.weight"] == "LogUniform"
+    assert trace.nodes["head.out.weight"]["fn"].base_dist.scale.unique().tolist() == [0.5]
+    fit(net)
+    net = vdo.to_bayesian(Residual(), {"stem": vdo.LogUniform()})
+    assert set(bayesian_weights(net)) == {"stem.weight"}
+
+
+def test_prior_parameters_follow_the_dtype() -> None:
+    net = vdo.to_bayesian(nn.Linear(3, 2).double(), dist.Normal(torch.tensor(0.0), torch.tensor(2.0)))
+    guide = fit(net, X.double())
+    assert guide.posteriors()["weight"].loc.dtype == torch.float64
+
+
+def test_every_layer_of_the_list() -> None:
+    tokens = torch.randint(0, 7, (20, 4))
+    image = torch.randn(20, 2, 5, 5)
+    inputs: dict[type, tuple[nn.Module, Any]] = {
+        nn.Linear: (nn.Linear(3, 2), X),
+        nn.Conv1d: (nn.Conv1d(2, 2, 3), image[..., 0]),
+        nn.Conv2d: (nn.Conv2d(2, 2, 3, padding="same", padding_mode="circular"), image),
+        nn.Conv3d: (nn.Conv3d(1, 2, 2), image.unsqueeze(1)),
+        nn.ConvTranspose1d: (nn.ConvTranspose1d(2, 2, 3), image[..., 0]),
+        nn.ConvTranspose2d: (nn.ConvTranspose2d(2, 2, 3, stride=2), image),
+        nn.ConvTranspose3d: (nn.ConvTranspose3d(1, 2, 2), image.unsqueeze(1)),
+        nn.Embedding: (nn.Embedding(7, 2, padding_idx=0), tokens),
+        nn.EmbeddingBag: (nn.EmbeddingBag(7, 2), tokens),
+    }
+    assert set(inputs) | {nn.Bilinear} <= set(LAYERS)
+    for layer, x in inputs.values():
+        net = vdo.to_bayesian(nn.Sequential(layer), vdo.LogUniform())
+
+        def model(x: Tensor, net: Any = net) -> None:
+            out = net(x)
+            with pyro.plate("data", 20):
+                pyro.sample("y", dist.Normal(out.reshape(20, -1).sum(-1), 1.0), obs=torch.zeros(20))
+
+        guide = vdo.AutoFactorizedNormal(model, strict=True).setup(x)
+        Trace_ELBO()(model, guide)(x).backward()
+        for name, param in guide.named_parameters():
+            assert param.grad is not None, (layer, name)
+            assert torch.isfinite(param.grad).all()
+        (weight,) = guide(x).values()
+        assert isinstance(weight, GaussianWeight)
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+BAD: dict[str, tuple[Any, Any, str]] = {
+    "no module": (lambda x: x, {}, r"net must be a torch\.nn\.Module"),
+    "no prior": (nn.Linear(3, 2), {"prior": 3.0}, r"prior for .* must be a distribution, e\.g\. LogUniform\(\)"),
+    "empty": (nn.Sequential(), {}, r"no weight to convert.*where=\[\.\.\.\]"),
+    "nothing to convert": (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)), {}, r"no weight to convert.*'1\.bias'"),
+    "recurrent": (nn.LSTM(3, 2), {"where": ["weight_ih_l0"]}, r"'weight_ih_l0' belongs to LSTM.*draw="),
+    "unknown where": (nn.Linear(3, 2), {"where": ["typo"]}, r"where names \['typo'\]; .* are \['bias', 'weight'\]"),
+    "unknown prior": (nn.Linear(3, 2), {"prior": {"typo.weight": vdo.LogUniform()}}, r"prior names \['typo\.weight'\]"),
+    "tied": (tied(), {}, r"'0\.weight' and '2\.weight' are one tied parameter"),
+    "lazy": (nn.LazyLinear(2), {}, r"'weight' is lazy; run the network once"),
+    "max_norm": (nn.Embedding(5, 2, max_norm=1.0), {}, r"'weight'.*max_norm=1\.0.*without max_norm"),
+    "expanded prior": (nn.Linear(3, 2), {"prior": vdo.LogUniform().expand([7])}, r"for 'weight' has shape \(7,\)"),
+    "integers": (
+        nn.ParameterDict({"n": nn.Parameter(torch.ones(2, dtype=torch.long), requires_grad=False)}),
+        {"where": ["n"]},
+        r"'n' has dtype torch\.int64; weights must be floating point",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(BAD))
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_what_cannot_be_converted_is_refused(name: str) -> None:
+    net, options, message = BAD[name]
+    with pytest.raises((ValueError, TypeError), match=r"(?s)to_bayesian: .*" + message):
+        vdo.to_bayesian(net, **({"prior": vdo.LogUniform()} | options))
+
+
+def test_a_recurrent_layer_beside_others_stays_as_it_is() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(3, 4, batch_first=True)
+            self.out = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.rnn(x.unsqueeze(1))[0][:, -1])  # type: ignore[no-any-return]
+
+    net = vdo.to_bayesian(Tagger(), vdo.LogUniform())
+    assert set(bayesian_weights(net)) == {"out.weight"}
+    before = net.rnn.weight_ih_l0.detach().clone()
+    fit(net)
+    assert not torch.equal(before, net.rnn.weight_ih_l0)  # trained as a plain parameter
+
+
+def test_a_hand_written_recurrence_is_drawn() -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x
+            for _ in range(3):
+                h = torch.tanh(self.step(h))
+            return self.out(h)  # type: ignore[no-any-return]
+
+    net = vdo.to_bayesian(Cell(), vdo.LogUniform())
+    with pytest.raises(vdo.ReuseError, match=r"draw=\['step\.weight'\]"):
+        fit(net)
+    fit(net, draw=["step.weight"])
+
+
+# --------------------------------------------------------------------------- attention
+
+
+def test_attention_is_drawn() -> None:
+    """Its projections go to one function without a rule: each weight is drawn once, which is exact."""
+
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+            self.embed, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x.unflatten(0, (-1, 2)))
+            h = h + self.attention(h, h, h, need_weights=False)[0]
+            return self.out(self.encoder(h)).flatten(0, 1)  # type: ignore[no-any-return]
+
+    net = vdo.to_bayesian(Attend(), vdo.LogUniform())
+    names = set(bayesian_weights(net))
+    assert {"attention.out_proj.weight", "encoder.linear1.weight", "embed.weight"} <= names
+    guide = fit(net)
+    everything = vdo.to_bayesian(
+        Attend(), vdo.LogUniform(), where=lambda name, module: name.endswith("weight") and "norm" not in name
+    )
+    assert "attention.in_proj_weight" in bayesian_weights(everything)
+    fit(everything)
+    # prediction in eval mode, where torch has a fused path of its own
+    net.eval()
+    guide.eval()
+    with torch.no_grad():
+        samples = Predictive(classifier(net), guide=guide, num_samples=3)(X)
+    assert samples["y"].shape == (3, 20)
+
+
+# --------------------------------------------------------------------------- still a module
+
+
+def test_state_dict_loads_from_the_plain_network() -> None:
+    plain, net = Residual(), vdo.to_bayesian(Residual(), vdo.LogUniform())
+    net.load_state_dict(plain.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value)
+    guide = vdo.AutoFactorizedNormal(classifier(net)).setup(X, Y)
+    torch.testing.assert_close(guide.median()["stem.weight"], plain.stem.weight.detach())
+
+
+def test_moves_casts_and_modes() -> None:
+    net = vdo.to_bayesian(Residual(), vdo.LogUniform())
+    assert net.to(torch.float64) is net
+    assert {value.dtype for name, value in net.state_dict().items() if "num_batches" not in name} == {torch.float64}
+    fit(net, X.double())
+    assert net.block[0].training
+    net.eval()
+    assert not net.block[0].training
+    assert not net.block[2].training
+    net.requires_grad_(False)
+    assert not any(p.requires_grad for p in net.parameters())
+    assert "Linear" in repr(net)
+    meta = vdo.to_bayesian(Residual(), vdo.LogUniform()).to("meta")
+    assert meta.state_dict()["stem.weight"].device.type == "meta"
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_copies_are_bayesian_networks(how: str, trained: bool) -> None:
+    net = vdo.to_bayesian(Residual(), vdo.LogUniform("molchanov"), name="f")
+    if trained:
+        fit(net)
+        dict(pyro.get_param_store().items())
+    if how == "pickle":
+        copied = pickle.loads(pickle.dumps(net))
+    elif how == "deepcopy":
+        copied = copy.deepcopy(net)
+    else:
+        buffer = io.BytesIO()
+        torch.save(net, buffer)
+        buffer.seek(0)
+        copied = torch.load(buffer, weights_only=False)
+    assert isinstance(copied, Residual)
+    assert bayesian_weights(copied) == bayesian_weights(net)
+    assert all(torch.equal(copied.state_dict()[k], v) for k, v in net.state_dict().items())
+    guide = fit(copied)
+    assert guide.posteriors().keys() == {"f.stem.weight", "f.block.3.weight", "f.head.out.weight"}
+
+
+def test_called_outside_of_a_model() -> None:
+    """Without a guide an improper prior has no samples; with a condition the network is an ordinary function."""
+    plain = nn.Linear(3, 2)
+    net = vdo.to_bayesian(plain, vdo.LogUniform())
+    with pytest.raises(vdo.ImproperPriorError):
+        net(X)
+    with poutine.condition(data={"weight": plain.weight.detach()}):
+        torch.testing.assert_close(net(X), plain(X))
+    proper = vdo.to_bayesian(plain, dist.Normal(0.0, 1.0))
+    assert not torch.equal(proper(X), proper(X))
+
+
+def test_names_and_two_networks_in_one_model() -> None:
+    encoder = vdo.to_bayesian(nn.Linear(3, 3), vdo.LogUniform(), name="encoder")
+    decoder = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform(), name="decoder")
+
+    def net(x: Tensor) -> Tensor:
+        return decoder(torch.tanh(encoder(x)))  # type: ignore[no-any-return]
+
+    guide = fit(net)
+    assert guide.posteriors().keys() == {"encoder.weight", "decoder.weight"}
+    assert bayesian_weights(encoder) == {"weight": "encoder.weight"}
+
+
+def test_inside_the_users_own_pyro_module() -> None:
+    class Whole(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = vdo.to_bayesian(Residual(), vdo.LogUniform())
+            self.gain = PyroParam(torch.tensor(1.0), dist.constraints.positive)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gain * self.body(x)  # type: ignore[no-any-return]
+
+    whole = Whole()
+    before = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    guide = fit(whole)
+    assert guide.posteriors().keys() == {"body.stem.weight", "body.block.3.weight", "body.head.out.weight"}
+    for name, param in whole.named_parameters():
+        assert not torch.equal(before[name], param), name
+    assert bayesian_weights(whole)["body.stem.weight"] == "body.stem.weight"
+
+
+def test_a_module_used_in_two_places_is_one_site() -> None:
+    layer = nn.Linear(3, 3)
+    net = vdo.to_bayesian(nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 2)), vdo.LogUniform())
+    assert set(bayesian_weights(net)) == {"0.weight", "3.weight"}
+    guide = fit(net, draw=["0.weight"])
+    assert guide.posteriors().keys() == {"0.weight", "3.weight"}
+
+
+def test_converting_twice_adds_to_the_first() -> None:
+    once = vdo.to_bayesian(Residual(), vdo.LogUniform(), where=["stem.weight"])
+    twice = vdo.to_bayesian(once, dist.Normal(0.0, 1.0), where=["head.out.weight"])
+    assert set(bayesian_weights(twice)) == {"stem.weight", "head.out.weight"}
+    assert set(bayesian_weights(once)) == {"stem.weight"}
+    fit(twice)
+
+
+def test_reads_outside_of_a_call_do_not_touch_undrawn_weights() -> None:
+    net = vdo.to_bayesian(Residual(), vdo.LogUniform())
+    guide = fit(net)
+    assert not any(isinstance(value, Undrawn) for value in net.state_dict().values())
+    assert not any(isinstance(value, Undrawn) for value in guide.state_dict().values())
+
+
+# Dynamo looks at the gradient of every tensor, and torch warns of it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_torch_compile_leaves_the_numbers_right() -> None:
+    """It breaks its graph at Pyro's statements, so that nothing is won; compile the exported network."""
+    plain = nn.Linear(3, 2)
+    compiled = torch.compile(vdo.to_bayesian(plain, vdo.LogUniform()), backend="eager")
+    with poutine.condition(data={"weight": plain.weight.detach()}):
+        torch.testing.assert_close(compiled(X), plain(X))
