@@ -243,6 +243,7 @@ def program(net: nn.Module, size: int, **to_bayesian: Any) -> tuple[Callable[...
         with pyro.plate("data", DATA_SIZE, subsample=index):
             return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
+    model.net = bayesian
     return model, vdo.AutoFactorizedNormal(model)
 
 

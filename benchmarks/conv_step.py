@@ -1,7 +1,19 @@
 """``svi.step`` against a loop written by hand: LeNet-5 with convolutions, batch 100."""
 
 from common import (
-    Claim, adam, batch, by_hand, compiled, hand_step, interleave, joint_adam, lenet_5, ratio, report, summary, vdo_step,
+    Claim,
+    adam,
+    batch,
+    by_hand,
+    compiled,
+    hand_step,
+    interleave,
+    joint_adam,
+    lenet_5,
+    ratio,
+    report,
+    summary,
+    vdo_step,
 )  # fmt: skip
 
 

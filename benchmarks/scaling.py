@@ -1,5 +1,6 @@
 """Step time as the number of weights grows from 10^4 to 10^7: the largest step up in time for each weight."""
 
+import itertools
 import math
 
 import torch
@@ -21,10 +22,10 @@ def main() -> None:
     per_weight = [ms / size * 1e6 for ms, size in zip(medians, SIZES, strict=True)]  # ns
     details["ns_per_weight"] = per_weight
     # What is linear plus a constant has a time for each weight that never rises.
-    jump = max(b / a for a, b in zip(per_weight, per_weight[1:], strict=False))
+    jump = max(b / a for a, b in itertools.pairwise(per_weight))
     growth = math.log10(medians[-1] / medians[-2])
     report("scaling", [
-        Claim("time for each weight when there are 10 x as many, largest ratio, 1e4 to 1e7", jump, 1.25, details=details),
+        Claim("time for each weight with 10 x as many, largest ratio, 1e4 to 1e7", jump, 1.25, details=details),
         Claim("  exponent of the growth from 1e6 to 1e7", growth, unit="power"),
     ])  # fmt: skip
 

@@ -3,8 +3,20 @@
 import time
 
 from common import (
-    Claim, adam, batch, by_hand, compiled, hand_step, interleave, joint_adam, lenet_300_100, plain_step, ratio, report,
-    summary, vdo_step,
+    Claim,
+    adam,
+    batch,
+    by_hand,
+    compiled,
+    hand_step,
+    interleave,
+    joint_adam,
+    lenet_300_100,
+    plain_step,
+    ratio,
+    report,
+    summary,
+    vdo_step,
 )  # fmt: skip
 
 

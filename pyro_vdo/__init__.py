@@ -18,11 +18,13 @@ from pyro_vdo.handlers import local_reparameterization, scale_kl
 from pyro_vdo.history import EarlyStop, History
 from pyro_vdo.joint_optim import JointOptim
 from pyro_vdo.local_reparam import sample_linear, sample_normal
+from pyro_vdo.memory import release_pretrained
 from pyro_vdo.modules import to_bayesian
 from pyro_vdo.multiplicative import GaussianDropoutNormal
 from pyro_vdo.noise import UndrawnNoise, scale_units
 from pyro_vdo.objective import NumericalError
 from pyro_vdo.posteriors import FactorizedNormal
+from pyro_vdo.predictive import LocalPredictive
 from pyro_vdo.priors import EmpiricalBayesNormal, ImproperPriorError, LogUniform
 from pyro_vdo.relevance import SparsityTable, dropout_rate, log_alpha, masks, signal_to_noise, sparsity
 from pyro_vdo.run import Run
@@ -70,6 +72,7 @@ __all__ = [
     "Horseshoe",
     "ImproperPriorError",
     "JointOptim",
+    "LocalPredictive",
     "LogUniform",
     "NumericalError",
     "ReuseError",
@@ -111,6 +114,7 @@ __all__ = [
     "reestimate_batch_norm",
     "register_posterior",
     "register_rule",
+    "release_pretrained",
     "sample_linear",
     "sample_normal",
     "save",

@@ -26,6 +26,8 @@ ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
 _CHUNK = 2**16
 # Up to here the number of calls costs more than the arithmetic.
 _SHORT = 2**13
+# From here on memory counts for more than the time of an exponential.
+_LARGE = 2**19
 # Below this a call of a compiled kernel costs more than it saves.
 _SMALLEST_COMPILED = 2**14
 
@@ -38,6 +40,11 @@ def is_composable_only(*tensors: Tensor) -> bool:
         or _compat.is_transforming()
         or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
     )
+
+
+def is_large(tensor: Tensor) -> bool:
+    """True for weights whose variance is computed anew in the backward pass, in place of being kept until then."""
+    return tensor.numel() >= _LARGE
 
 
 def unrepeated(tensor: Tensor) -> Tensor:
@@ -228,7 +235,7 @@ class _LogUniformSums(Function):
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         kl, total, ctx.by_variance = _sums(loc, log_scale, variance)
-        ctx.save_for_backward(loc, log_scale, variance)
+        ctx.save_for_backward(loc, log_scale, None if is_large(loc) else variance)
         ctx.set_materialize_grads(False)
         return kl, total
 
@@ -237,6 +244,8 @@ class _LogUniformSums(Function):
         loc, log_scale, variance = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of this derivative is wanted
             return *_differentiable_gradient(loc, log_scale, along_kl, along_log_scale), None
+        if variance is None:
+            variance = constant_variance(log_scale)
         zero = loc.new_zeros(())
         weights = [zero if x is None else x for x in (along_kl, along_log_scale)]
         if ctx.by_variance:
@@ -272,6 +281,15 @@ def log_uniform_sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[
 # --------------------------------------------------------------------------- a linear layer
 
 
+def _linear_draw(
+    x: Tensor, loc: Tensor, variance: Tensor, bias: Tensor | None, shape: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation of x w^T + bias, and standard normal noise."""
+    mean, var = F.linear(x, loc, bias), F.linear(x * x, variance)
+    eps = torch.randn_like(mean) if shape is None else torch.randn(shape, dtype=mean.dtype, device=mean.device)
+    return mean, var.clamp_(min=0).sqrt_(), eps
+
+
 class _SampleLinear(Function):
     """A draw of x w^T + bias from its own Normal; the backward pass writes each gradient of the weight once."""
 
@@ -284,21 +302,22 @@ class _SampleLinear(Function):
         variance: Tensor,
         bias: Tensor | None,
         shape: tuple[int, ...] | None,
+        keep_variance: bool,
     ) -> Tensor:
-        mean, var = F.linear(x, loc, bias), F.linear(x * x, variance)
-        eps = torch.randn_like(mean) if shape is None else torch.randn(shape, dtype=mean.dtype, device=mean.device)
-        std = var.clamp_(min=0).sqrt_()
+        mean, std, eps = _linear_draw(x, loc, variance, bias, shape)
         out = torch.addcmul(mean, std, eps)
         # d out / d var = eps / (2 std), and 0 where the variance is 0.
         slope = eps.mul_(0.5).div_(std).masked_fill_(std == 0, 0.0)
-        ctx.save_for_backward(x, loc, variance, slope)
+        ctx.keep_variance = keep_variance
+        ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, loc, variance, slope = ctx.saved_tensors
-        need_x, need_loc, need_log_scale, _, need_bias, _ = ctx.needs_input_grad
+        x, loc, kept, slope = ctx.saved_tensors
+        variance = kept if ctx.keep_variance else constant_variance(kept)
+        need_x, need_loc, need_log_scale, _, need_bias, _, _ = ctx.needs_input_grad
         along_var = grad * slope
         moment_shape = (*x.shape[:-1], loc.shape[0])
         if grad.shape != moment_shape:  # particles that share the moments
@@ -313,7 +332,7 @@ class _SampleLinear(Function):
             dlog_scale = ((2.0 * along_var).mT @ (data * data)).mul_(variance)
         if need_bias:
             dbias = grad.sum(0)
-        return dx, dloc, dlog_scale, None, dbias, None
+        return dx, dloc, dlog_scale, None, dbias, None, None
 
 
 def sample_linear(
@@ -323,6 +342,7 @@ def sample_linear(
     variance: Tensor,
     bias: Tensor | None,
     shape: tuple[int, ...] | None = None,
+    keep_variance: bool = True,
 ) -> Tensor | None:
     """A draw of ``F.linear(x, w, bias)``, w ~ Normal(loc, scale^2), by local reparameterization.
 
@@ -332,6 +352,7 @@ def sample_linear(
     :param variance: (out, in), exp(2 log_scale) or 0, taken as a constant.
     :param bias: (out,) or None.
     :param shape: of the result, where it has more draws than (*batch, out).
+    :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
     :returns: None where it has to be composed of ordinary functions: under autocast, in a trace or transform, for
         mixed dtypes and other shapes.
     """
@@ -345,4 +366,7 @@ def sample_linear(
         or is_composable_only(*tensors)
     ):
         return None
-    return _SampleLinear.apply(x, loc, log_scale, variance, bias, shape)  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled():
+        mean, std, eps = _linear_draw(x, loc, variance, bias, shape)
+        return eps.mul_(std).add_(mean)
+    return _SampleLinear.apply(x, loc, log_scale, variance, bias, shape, keep_variance)  # type: ignore[no-any-return]

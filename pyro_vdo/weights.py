@@ -349,7 +349,12 @@ class GaussianWeight(Undrawn):
         variance = self.constant_variance if self.kept is None else self.constant_variance * self.kept
         if not loc.shape == log_scale.shape == variance.shape:
             return None
-        return fused.sample_linear(x, loc, log_scale, variance, bias, shape)
+        keep = self.kept is not None or not fused.is_large(loc)
+        return fused.sample_linear(x, loc, log_scale, variance, bias, shape, keep)
+
+    def elementwise_kl_sum(self, prior: Any, event_dim: int) -> Tensor | None:
+        """KL to a prior that couples no weights, summed, where parts of the weight can be left out; else None."""
+        return None
 
     def log_uniform_kl_sum(self, event_dim: int) -> Tensor | None:
         """The exact KL to the log-uniform prior, summed over the event dimensions, for a whole weight.
@@ -379,6 +384,8 @@ class GaussianWeight(Undrawn):
             log_scale = self.law_scale.log() if self._log_scale is None else self._log_scale
             self._expected_log_law = -log_scale - fused.ENTROPY_CONSTANT
         return self._expected_log_law
+        if fused.is_large(loc):
+            self._constant_variance = None  # the passes through the network are over
 
     def draw(self) -> Tensor:
         """The weight of this pass: ``loc + scale * eps``, drawn once for the variable and remembered."""
