@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import pyro_vdo as vdo
 from pyro_vdo.checkpoint import write_atomically
+from pyro_vdo.shrink import shrink
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULTS: dict[str, Any] = {
@@ -48,10 +49,22 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     # Each phase: epochs, lr; schedules as [[fraction of the phase, value], ...]: "lr_factor", "kl", and "prune", the
     # log alpha at which weights are set to zero for good from the first fraction on; "clip" (log alpha, for the pass
-    # only); "input_dropout"; "shift" (pixels); "clip_grad".
+    # only); "input_dropout"; "shift" (pixels); "clip_grad"; "shrink": true to drop dead units before the phase.
     "phases": [{"name": "train", "epochs": 60, "lr": 3e-3, "lr_factor": [[0.2, 1], [1, 0]], "kl": [[0, 0], [0.2, 1]]}],
 }
-PHASE_KEYS = {"name", "epochs", "lr", "lr_factor", "kl", "prune", "clip", "input_dropout", "shift", "clip_grad"}
+PHASE_KEYS = {
+    "name",
+    "epochs",
+    "lr",
+    "lr_factor",
+    "kl",
+    "prune",
+    "clip",
+    "input_dropout",
+    "shift",
+    "clip_grad",
+    "shrink",
+}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -105,16 +118,20 @@ class Program:
             "log-uniform-molchanov": vdo.LogUniform(kl="molchanov"),
         }
         prior: Any = {vdo.UnitNoise: vdo.TruncatedLogUniform()} if recipe["structured"] else priors[recipe["prior"]]
-        self.net = vdo.to_bayesian(plain, prior).to(device)
-        net = self.net
+        self.num_examples = num_examples
+        self.sizes = {name: param.numel() for name, param in plain.named_parameters() if param.dim() > 1}
+        self.use(vdo.to_bayesian(plain, prior).to(device))
+
+    def use(self, net: nn.Module) -> None:
+        """Take ``net`` as the network, with a model and a guide of its own."""
 
         def model(x: Tensor, y: Tensor | None = None) -> Tensor:
             logits = net(x)
-            with pyro.plate("data", num_examples, subsample_size=len(x)):
+            with pyro.plate("data", self.num_examples, subsample_size=len(x)):
                 return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
-        self.model = model
-        self.guide = vdo.AutoFactorizedNormal(model, init_scale=math.exp(recipe["log_sigma2"] / 2))
+        self.net, self.model = net, model
+        self.guide = vdo.AutoFactorizedNormal(model, init_scale=math.exp(self.recipe["log_sigma2"] / 2))
 
     def plain(self) -> nn.Module:
         """The ordinary network; in a structured recipe with noise on filters, features and hidden units."""
@@ -129,6 +146,10 @@ class Program:
         self.guide.setup(x[:2], y[:2])
         history = []
         for at, phase in enumerate(self.recipe["phases"]):
+            if phase.get("shrink"):
+                smaller = shrink(self.net, self.guide, x[:2])
+                self.use(smaller.net)
+                smaller.load_into(self.guide.setup(x[:2], y[:2]))
             rows = self._phase(at, x, y, held_out, Path(f"{path}.phase{at}"), progress)
             history += [{"phase": phase["name"], **row} for row in rows]
         return history
@@ -188,9 +209,13 @@ class Program:
         three = vdo.predict_three_ways(net, guide, parts(x, y), wrong, num_samples=samples, threshold=threshold)
         result: dict[str, Any] = {"test_error": three}
         if not self.recipe["structured"]:
-            table = vdo.sparsity(guide, threshold)
-            result["layers"] = table.frame.reset_index(names="site").to_dict("records")
-            result |= {"weights": table.weights, "kept": table.kept, "compression": table.compression}
+            table, weights = vdo.sparsity(guide, threshold), sum(self.sizes.values())
+            result["layers"] = [
+                {"site": site, "weights": size, "kept": (kept := int(table.frame.loc[site, "kept"]))}
+                | {"zero %": 100 * (1 - kept / size), "compression": size / max(kept, 1)}
+                for site, size in self.sizes.items()
+            ]
+            result |= {"weights": weights, "kept": table.kept, "compression": weights / max(table.kept, 1)}
         form = "compact" if self.recipe["structured"] else "compact+sparse"
         small = vdo.export(net, guide, form, threshold=threshold, example_inputs=x[:2])
         vdo.save(small, path)

@@ -1,0 +1,117 @@
+"""Going on with a smaller Bayesian network once pruning has left units dead: training gets faster as it prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_vdo import _compat
+from pyro_vdo.compact import compact_module
+from pyro_vdo.dependency import ExportError
+from pyro_vdo.export import plain_module
+from pyro_vdo.modules import bayesian_weights, to_bayesian
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """What :func:`shrink` leaves of a network and its guide."""
+
+    net: PyroModule
+    sites: Mapping[str, Mapping[str, Tensor]]
+
+    @torch.no_grad()
+    def load_into(self, guide: Any) -> None:
+        """Give a guide of a model of the smaller network (after ``setup``) the posterior of the larger one.
+
+        :raises ValueError: if its sites or their shapes are not those of the smaller network.
+        """
+        known = guide.posteriors()
+        for name, values in self.sites.items():
+            if name not in known or known[name].loc.shape != values["loc"].shape:
+                raise ValueError(f"load_into: the guide has no site '{name}' of shape {tuple(values['loc'].shape)}")
+            part = guide._site(name)
+            part.loc.copy_(values["loc"])
+            part.log_scale.copy_(values["log_scale"])
+        guide.keep({name: values["kept"] for name, values in self.sites.items()})
+
+
+@torch.no_grad()
+def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
+    """The Bayesian network without the units and channels that no kept weight reads any more, and its posterior.
+
+    What a dead unit adds as a constant moves into the biases, so that the pruned mean predicts the same as before.
+    Only weights that ``guide.prune`` or ``guide.keep`` have set to zero count as dead. Needs torch-pruning.
+
+    Write the model as a function of the network, build model and guide anew, and load the posterior into the guide::
+
+        smaller = shrink(net, guide, x)
+        model = make_model(smaller.net)
+        guide = AutoFactorizedNormal(model).setup(x, y)
+        smaller.load_into(guide)
+
+    :param net: what ``to_bayesian`` returned; it is left as it is.
+    :param guide: its guide.
+    :param example_inputs: a tensor or tuple as the network takes it.
+    :raises ExportError: if the network cannot be followed, or weights of equal value hide where a unit has gone.
+    """
+    sites = bayesian_weights(net)
+    posteriors = guide.posteriors()
+    means = {local: posteriors[site].loc.where(_kept(guide, site), 0.0) for local, site in sites.items()}
+    large = plain_module(net, means)
+    small = compact_module(large, example_inputs, select_inputs=False)
+    values = {}
+    for local, site in sites.items():
+        rows, columns = _positions(local, means[local], small.get_parameter(local))
+        part = guide._site(site)
+        cut = {"loc": part.loc, "log_scale": part.log_scale, "kept": _kept(guide, site)}
+        values[site] = {key: value.detach()[rows][:, columns].clone() for key, value in cut.items()}
+    priors = {local: _prior(net, local) for local in sites}
+    return Smaller(to_bayesian(small, priors, where=list(sites), name=_compat.root_name(net)), values)
+
+
+def _kept(guide: Any, site: str) -> Tensor:
+    part = guide._site(site)
+    return torch.ones_like(part.loc, dtype=torch.bool) if part.kept is None else part.kept
+
+
+def _prior(net: PyroModule, local: str) -> Any:
+    owner, _, attribute = local.rpartition(".")
+    return _compat.sample_declaration(net.get_submodule(owner), attribute).prior  # type: ignore[arg-type]
+
+
+def _positions(name: str, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows and columns of ``large`` the tensor ``small`` consists of: its unique values tell.
+
+    A column without a nonzero value can only be there where all columns are (the inputs of the network).
+    """
+    flat = large.flatten(2).abs().amax(2) if large.dim() > 2 else large  # one value for each filter of a convolution
+    little = small.flatten(2).abs().amax(2) if small.dim() > 2 else small
+    order = flat.flatten().argsort()
+    known = flat.flatten()[order]
+    twin = torch.zeros(len(known), dtype=torch.bool, device=known.device)
+    twin[:-1] = known[1:] == known[:-1]
+    twin[1:] |= twin[:-1].clone()
+    at = torch.searchsorted(known, little.flatten().contiguous()).clamp(max=len(known) - 1)
+    found, telling = order[at].view(little.shape), ~twin[at].view(little.shape) & (little != 0)
+    rows = _indices(name, found // flat.shape[1], telling, 0, flat.shape[0])
+    columns = _indices(name, found % flat.shape[1], telling, 1, flat.shape[1])
+    if not torch.equal(large[rows][:, columns], small):
+        raise ExportError(f"shrink: the weights that are left of '{name}' cannot be found among those before")
+    return rows, columns
+
+
+def _indices(name: str, found: Tensor, telling: Tensor, dim: int, size: int) -> Tensor:
+    index = found.where(telling, torch.full_like(found, -1)).amax(1 - dim)
+    if bool((index >= 0).all()):
+        return index
+    if len(index) == size:
+        return torch.arange(size, device=found.device)
+    raise ExportError(
+        f"shrink: a unit that is left of '{name}' has no weight, or none of a value of its own; prune less, or export "
+        "the network as it is"
+    )

@@ -1,0 +1,97 @@
+"""Going on with a smaller network: same predictions, same posterior, and training goes on."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+import pyro_vdo as vdo
+from pyro_vdo.dependency import ExportError
+from pyro_vdo.export import export
+from pyro_vdo.shrink import shrink
+
+
+def model_of(net):
+    def model(x, y):
+        logits = net(x)
+        with pyro.plate("data", 1000, subsample_size=len(x)):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    return model
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 12),
+        nn.ReLU(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+def dense():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 4))
+
+
+def pruned(net, keep):
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(4, (16,))
+    bayesian = vdo.to_bayesian(net, vdo.EmpiricalBayesNormal(), name="body")
+    guide = vdo.AutoFactorizedNormal(model_of(bayesian), init_scale=0.05).setup(x, y)
+    masks = {name: torch.rand(q.loc.shape) < keep for name, q in guide.posteriors().items()}
+    for mask in masks.values():  # whole units dead, besides single weights
+        mask[::2] = False
+        mask.flatten()[-1] = True
+    guide.keep(masks)
+    return bayesian, guide, x, y
+
+
+@pytest.mark.parametrize("make", [dense, convolutional])
+def test_smaller_network_predicts_the_same_and_trains_on(make):
+    net, guide, x, y = pruned(make(), 0.6)
+    smaller = shrink(net, guide, x)
+    model = model_of(smaller.net)
+    small_guide = vdo.AutoFactorizedNormal(model, init_scale=0.3).setup(x, y)
+    smaller.load_into(small_guide)
+    before = {name: (q.loc.numel(), guide._site(name).kept.sum()) for name, q in guide.posteriors().items()}
+    after = {name: (q.loc.numel(), small_guide._site(name).kept.sum()) for name, q in small_guide.posteriors().items()}
+    assert before.keys() == after.keys()
+    assert sum(a for a, _ in after.values()) < 0.6 * sum(b for b, _ in before.values())
+    assert all(after[name][1] <= before[name][1] for name in before)
+    small, large = export(smaller.net, small_guide, "masked"), export(net, guide, "masked")
+    torch.testing.assert_close(small(x), large(x), rtol=1e-4, atol=1e-5)
+    # every kept weight has the mean and the scale that it had
+    for name, q in small_guide.posteriors().items():
+        kept, old = small_guide._site(name).kept, guide.posteriors()[name]
+        scale_at = {float(loc): float(scale) for loc, scale in zip(old.loc.flatten(), old.scale.flatten(), strict=True)}
+        for loc, scale in zip(q.loc[kept], q.scale[kept], strict=True):
+            assert scale_at[float(loc)] == float(scale)
+    svi = SVI(model, small_guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    losses = [svi.step(x, y) for _ in range(40)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert all(bool((small_guide.posteriors()[n].loc[~small_guide._site(n).kept] == 0).all()) for n in after)
+
+
+def test_guide_of_another_network_is_refused():
+    net, guide, x, _ = pruned(dense(), 0.6)
+    smaller = shrink(net, guide, x)
+    with pytest.raises(ValueError, match="no site 'body"):
+        smaller.load_into(guide)
+
+
+def test_equal_weights_are_refused():
+    net = dense()
+    net[1].weight.data.fill_(0.5)
+    bayesian, guide, x, _ = pruned(net, 0.6)
+    with pytest.raises(ExportError, match="value of its own"):
+        shrink(bayesian, guide, x)
+
+
+def test_some_equal_weights_do_no_harm():
+    net = dense()
+    net[1].weight.data[:, :20] = 0.5
+    bayesian, guide, x, y = pruned(net, 0.6)
+    smaller = shrink(bayesian, guide, x)
+    small_guide = vdo.AutoFactorizedNormal(model_of(smaller.net)).setup(x, y)
+    smaller.load_into(small_guide)
+    small, large = export(smaller.net, small_guide, "masked"), export(bayesian, guide, "masked")
+    torch.testing.assert_close(small(x), large(x), rtol=1e-4, atol=1e-5)
