@@ -20,7 +20,7 @@ WEIGHTS_PER_NONZERO = 10
 WEIGHTS_PER_CALL = 16_384
 #: a sparse convolution copies each input position for each tap that is in use; in weights of the dense one
 WEIGHTS_PER_TAP = 30
-_CHUNK = 1 << 18  # elements of the copied windows that are in work at one time, so that they stay in the cache
+_CHUNK = 1 << 18  # elements of copied inputs that are in work at one time, so that they stay in the cache
 
 
 def supports_sparse(weight: Tensor) -> bool:
@@ -141,6 +141,8 @@ class SparseLinear(_Csr):
     ) -> None:
         super().__init__(out_features, in_features, nonzero, bias)
         self.in_features, self.out_features = in_features, out_features
+        #: samples whose transposed inputs stay in the cache while the weights pass by
+        self.rows_at_once = max(32, _CHUNK // 2 // max(1, in_features))
         #: leave the result in the memory order in which it is computed: right where a linear layer comes next
         self.transposed_result = transposed_result
 
@@ -160,6 +162,11 @@ class SparseLinear(_Csr):
             return self.forward(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
         if len(x) == 1:
             return torch.addmv(bias, weight, x[0]).unsqueeze(0)
+        if len(x) >= 2 * self.rows_at_once:
+            result = x.new_empty(len(x), self.out_features)
+            for part, rows in zip(result.split(self.rows_at_once), x.split(self.rows_at_once), strict=True):
+                part.copy_(torch.addmm(column, weight, rows.t()).t())
+            return result
         result = torch.addmm(column, weight, x.t()).t()
         return result if self.transposed_result else result.contiguous()
 

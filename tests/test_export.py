@@ -235,6 +235,7 @@ def test_torch_export_and_trace(form: str) -> None:
     torch.testing.assert_close(traced(x), plain(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch, inside of its own exporter
 def test_onnx(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript, which is no dependency")
     bayes, guide = bayesian(convolutional(), images())

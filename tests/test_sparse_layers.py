@@ -70,6 +70,18 @@ def test_large_batches_are_worked_through_in_parts(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(sparse(x), layer(x).detach())
 
 
+def test_large_batches_of_wide_layers_are_worked_through_in_parts() -> None:
+    layer = thin(nn.Linear(40, 30), 0.2)
+    sparse = SparseLinear.from_dense(layer)
+    sparse.rows_at_once = 4
+    for count in (7, 8, 9, 17):
+        x = torch.randn(count, 40)
+        torch.testing.assert_close(sparse(x), layer(x).detach())
+        torch.testing.assert_close(
+            sparse(x[:, None].expand(count, 2, 40)), layer(x)[:, None].expand(-1, 2, -1).detach()
+        )
+
+
 def test_wrong_inputs() -> None:
     sparse = SparseConv2d.from_dense(nn.Conv2d(2, 3, 3))
     for shape in [(1, 3, 5, 5), (1, 2, 2, 5)]:
