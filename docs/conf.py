@@ -98,7 +98,7 @@ def as_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
     """Plain docstrings as reStructuredText: ``|w|`` and ``(*batch, n)`` mean themselves; links lead to public names."""
     for number, line in enumerate(lines):
         parts = _LITERAL.split(line)
-        parts[::2] = [re.sub(r"([*|])", r"\\\1", part) for part in parts[::2]]
+        parts[::2] = [re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
         parts[1::2] = [_ROLE.sub(lambda match: _link(match[1]), part) for part in parts[1::2]]
         lines[number] = "".join(parts)
 

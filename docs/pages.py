@@ -124,8 +124,7 @@ def update(page: Path) -> None:
 
 
 def _wrap(line: str) -> str:
-    is_message = re.match(r"\w*(Error|Warning): ", line) is not None
-    return "\n".join(textwrap.wrap(line, WIDTH)) if is_message and len(line) > WIDTH else line.rstrip()
+    return "\n".join(textwrap.wrap(line, WIDTH)) if len(line) > WIDTH + 10 else line.rstrip()
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pages import DOCS, blocks
 
 def main() -> None:
     """Run the page as far as the fit, and draw."""
-    space: dict = {}
+    space: dict = {"__name__": "page"}
     for block in blocks(DOCS / "regression.md")[:2]:
         exec(block.code, space)
     figure, ax = plt.subplots(figsize=(6.4, 3.2))
