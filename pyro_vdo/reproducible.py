@@ -136,7 +136,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield "self", value.__self__
         yield "func", value.__func__
     elif isinstance(value, FunctionType):
-        if value.__module__.partition(".")[0] not in _FOREIGN or value.__closure__:
+        if (value.__module__ or "").partition(".")[0] not in _FOREIGN or value.__closure__:
             names = inspect.getclosurevars(value)
             yield from {**names.globals, **names.nonlocals}.items()
     elif isinstance(value, DataLoader):
