@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_vdo import fused
+from pyro_vdo.blocks import Block, BlockWeight
 from pyro_vdo.weights import GaussianWeight, PrunedDraw, ReusePolicy, Undrawn, Variable
 
 
@@ -27,6 +28,7 @@ class FactorizedNormal(dist.Normal):
     :param policy: what to do when a weight is used in two ways, see :class:`ReusePolicy`.
     :param kept: False for pruned weights: their samples are exactly 0 and they have no part in the KL. ``loc`` has to
         be 0 there.
+    :param block: the rows and columns that have any weight left, to which products can be confined.
     :raises ValueError: for a scale that is not positive or values that are not finite, if validation is on.
     """
 
@@ -39,9 +41,11 @@ class FactorizedNormal(dist.Normal):
         name: str = "weight",
         policy: ReusePolicy | None = None,
         kept: Tensor | None = None,
+        block: Block | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.kept = kept
+        self.block = block
         self.name = name
         self.policy = ReusePolicy() if policy is None else policy
         self._log_scale = log_scale
@@ -97,14 +101,15 @@ class FactorizedNormal(dist.Normal):
         def expanded(tensor: Tensor | None) -> Any:
             return tensor if tensor is None or tensor.shape == shape else tensor.expand(shape)
 
-        return GaussianWeight(
-            expanded(self.loc),
-            expanded(self._scale),
-            variable=Variable(self.name, self.policy, source=self),
-            log_scale=expanded(self._log_scale),
-            event_dim=event_dim,
-            kept=expanded(self.kept),
-        )
+        options: dict[str, Any] = {
+            "variable": Variable(self.name, self.policy, source=self),
+            "log_scale": expanded(self._log_scale),
+            "event_dim": event_dim,
+            "kept": expanded(self.kept),
+        }
+        if self.block is not None and shape == self.loc.shape:
+            return BlockWeight(self.loc, self._scale, block=self.block, **options)
+        return GaussianWeight(expanded(self.loc), expanded(self._scale), **options)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Real numbers, without a gradient."""

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_vdo.blocks import BlockWeight
 from pyro_vdo.local_reparam import Arguments, core, is_gaussian, sample_linear
-from pyro_vdo.weights import DrawnWeight, register_rule
+from pyro_vdo.weights import DrawnWeight, GaussianWeight, register_rule
 
 _CONVOLUTIONS: dict[Any, tuple[int, tuple[str, ...]]] = {
     F.conv1d: (1, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
@@ -30,6 +31,19 @@ def convolution(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     x, weight, bias = options.pop("input"), options.pop("weight"), options.pop("bias", None)
     if is_gaussian(x) or not is_gaussian(weight):
         return NotImplemented
+    if isinstance(weight, BlockWeight) and _takes_blocks(func, x, bias, spatial, options):
+        weight.note_linear_use()
+        return weight.map_block(lambda *block: _sample(func, options, spatial, *block), x, bias, spatial)
+    return _sample(func, options, spatial, x, weight, bias)
+
+
+def _takes_blocks(func: Any, x: Tensor, bias: Any, spatial: int, options: dict[str, Any]) -> bool:
+    """True where rows and columns of the weight are channels of the output and the input."""
+    plain = func in (F.conv1d, F.conv2d, F.conv3d) and options.get("groups", 1) == 1
+    return plain and x.dim() == spatial + 2 and not is_gaussian(bias)
+
+
+def _sample(func: Any, options: dict[str, Any], spatial: int, x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor:
     column = (-1, *(1,) * spatial)
     if bias is not None:
         bias = bias.reshape(*bias.shape[:-1], *column)

@@ -170,7 +170,10 @@ class Undrawn(Tensor):
 
 
 def _drawn(leaf: Any) -> Any:
-    return leaf.draw() if isinstance(leaf, Undrawn) else leaf
+    if not isinstance(leaf, Undrawn):
+        return leaf
+    value = leaf.draw()
+    return value.as_subclass(DrawnWeight) if leaf.variable.batch_dim else value
 
 
 def _dispatch(func: Any, owners: list[Undrawn], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -186,10 +189,24 @@ def _dispatch(func: Any, owners: list[Undrawn], args: tuple[Any, ...], kwargs: d
         args, kwargs = tree_map(_drawn, (args, kwargs))
         return func(*args, **kwargs)
     except RuntimeError as error:  # torch speaks of mat1 and mat2
-        what = " and ".join(f"'{owner.variable.name}' of shape {tuple(owner.shape)}" for owner in owners)
-        others = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if type(leaf) is Tensor]
-        error.add_note(f"in {getattr(func, '__name__', func)} of weight {what} with tensors of shape {others}")
+        _explain(error, func, owners, [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Tensor])
         raise
+
+
+def _explain(error: RuntimeError, func: Any, owners: list[Undrawn], others: list[Tensor]) -> None:
+    """Name the weight in the message of ``error``; notes would be lost, as Pyro raises errors anew."""
+    if getattr(error, "_vdo_explained", False):
+        return
+    what = " and ".join(f"'{owner.variable.name}' {_described(owner)}" for owner in owners)
+    text = f"in {getattr(func, '__name__', func)} of weight {what} with tensors {', '.join(map(_described, others))}"
+    if len({tensor.device for tensor in (*owners, *others)}) > 1:
+        text += ". Move all to one device: net.to(device), guide.to(device), x.to(device)"
+    error.args = (f"{error}\n{text}", *error.args[1:])
+    error._vdo_explained = True  # type: ignore[attr-defined]
+
+
+def _described(tensor: Tensor) -> str:
+    return f"({tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}, {tensor.device})"
 
 
 def _all_undrawn(owners: list[Undrawn]) -> bool:
@@ -241,6 +258,7 @@ class GaussianWeight(Undrawn):
         self._log_scale = log_scale
         self._variance: Tensor | None = None
         self._law_variance: Tensor | None = None
+        self._constant_variance: Tensor | None = None
         self._expected_log_law: Tensor | None = None
         #: the same, summed over the event dimensions
         self._expected_log_law_sum: Tensor | None = None
@@ -255,7 +273,6 @@ class GaussianWeight(Undrawn):
     def requires_grad(self) -> bool:  # type: ignore[override]
         """True where a gradient flows to the mean or the standard deviation."""
         scale = self._log_scale if self._law_scale is None else self._law_scale
-        self._constant_variance: Tensor | None = None
         return self.loc.requires_grad or (scale is not None and scale.requires_grad)
 
     def note_linear_use(self) -> None:
@@ -367,6 +384,8 @@ class GaussianWeight(Undrawn):
         sums = fused.log_uniform_sums(loc, log_scale, self.constant_variance) if loc.shape == log_scale.shape else None
         if sums is None:
             return None
+        if fused.is_large(loc):
+            self._constant_variance = None  # the passes through the network are over
         batch = self.loc.shape[: self.loc.dim() - event_dim]
         if self._expected_log_law_sum is None:
             self._expected_log_law_sum = sums[1].expand(batch)
@@ -384,8 +403,6 @@ class GaussianWeight(Undrawn):
             log_scale = self.law_scale.log() if self._log_scale is None else self._log_scale
             self._expected_log_law = -log_scale - fused.ENTROPY_CONSTANT
         return self._expected_log_law
-        if fused.is_large(loc):
-            self._constant_variance = None  # the passes through the network are over
 
     def draw(self) -> Tensor:
         """The weight of this pass: ``loc + scale * eps``, drawn once for the variable and remembered."""
