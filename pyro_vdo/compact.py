@@ -295,7 +295,7 @@ def insert_selects(module: nn.Module) -> nn.Module:
 
 def _selected(layer: Any, read: Tensor) -> nn.Module:
     index = torch.nonzero(read)[:, 0]
-    index = index if len(index) else torch.zeros(1, dtype=torch.long)  # a layer of no inputs is none of torch's
+    index = index if len(index) else index.new_zeros(1)  # a layer of no inputs is none of torch's
     dim = -1 if type(layer) is nn.Linear else 1 - layer.weight.dim()
     smaller = copy.deepcopy(layer)
     smaller.weight = nn.Parameter(layer.weight.detach()[:, index].clone(), requires_grad=layer.weight.requires_grad)

@@ -59,7 +59,7 @@ class Unit:
         """For each output of the root whether anything reads it."""
         result = torch.full((self.size,), self.blocked)
         for layer, inputs, roots in self.consumers:
-            result[roots[columns(layer).any(1)[inputs]]] = True
+            result[roots[columns(layer).any(1).cpu()[inputs]]] = True
         return result
 
 
