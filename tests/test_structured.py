@@ -208,3 +208,22 @@ def test_expand_keeps_one_distribution():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(q.to_event(1).rsample(), vdo.UndrawnNoise)
+
+
+def test_leading_digits_of_log_uniform_numbers_follow_benford():
+    """Log-uniform over whole decades: the leading digit d has the probability log10(1 + 1/d) (Benford 1938)."""
+    decades, count = 6, 60_000
+    draws = vdo.TruncatedLogUniform(-decades * math.log(10), 0.0).expand((count,)).sample().double()
+    digits = (draws / 10 ** draws.log10().floor()).floor().clamp(1, 9)
+    for digit in range(1, 10):
+        p = math.log10(1 + 1 / digit)
+        share = (digits == digit).double().mean().item()
+        assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / count)  # 4.5 standard errors of a share
+
+
+def test_scaling_leaves_the_log_uniform_prior_as_it_is():
+    """The density of c w is that of w up to a constant: no magnitude is preferred, the reason for Benford's law."""
+    w = torch.linspace(0.1, 5, 50, dtype=torch.float64)
+    for c in (0.3, 7.0):
+        difference = vdo.LogUniform().log_prob(w) - vdo.LogUniform().log_prob(c * w) - math.log(c)
+        torch.testing.assert_close(difference, torch.zeros_like(difference), atol=1e-12, rtol=0)

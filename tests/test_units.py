@@ -224,3 +224,44 @@ def test_guide_of_a_site_written_by_hand():
 def test_unit_functions_need_a_guide_of_this_package():
     with pytest.raises(TypeError, match="AutoFactorizedNormal, not dict"):
         vdo.unit_masks({})
+
+
+# --------------------------------------------------------------------------- really smaller
+
+
+def test_compact_export_removes_pruned_units():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 8), nn.ReLU(),
+                        nn.Linear(8, 3))  # fmt: skip
+    bayesian = vdo.to_bayesian(vdo.add_unit_noise(net, ["0", "4"]), {vdo.UnitNoise: vdo.TruncatedLogUniform()})
+    model, x, y = classifier(bayesian), torch.randn(5, 1, 8, 8), torch.zeros(5).long()
+    guide = vdo.AutoFactorizedNormal(model, init_scale=0.05).setup(x, y)
+    with torch.no_grad():
+        for name, dead in [("0", [1, 4]), ("4", [0, 2, 5])]:
+            site = guide.get_submodule(f"sites.{name}.noise.weight")
+            site.loc[dead], site.log_scale[dead] = -5.0, 2.0  # a ratio below 1
+    masked = vdo.export(bayesian, guide, form="masked")
+    compact = vdo.export(bayesian, guide, form="compact", example_inputs=x)
+    torch.testing.assert_close(compact(x), masked(x), rtol=1e-4, atol=1e-5)
+    shapes = {name: tuple(value.shape) for name, value in compact.named_parameters()}
+    assert shapes["0.weight"] == (4, 1, 3, 3)
+    assert shapes["4.weight"] == (5, 36)
+    assert shapes["6.weight"] == (3, 5)
+    reference = vdo.add_unit_noise(net, ["0", "4"])
+    with torch.no_grad():
+        for name, scale in vdo.unit_scales(guide).items():
+            reference.get_parameter(name).copy_(scale)
+    torch.testing.assert_close(masked(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
+def test_compact_export_removes_inputs_of_a_group():
+    torch.manual_seed(0)
+    bayesian = vdo.to_bayesian(mlp(), vdo.LogUniform())
+    model, x = classifier(bayesian), torch.randn(4, 5)
+    guide = vdo.AutoGaussianDropout(model, group="input", alpha=0.1).setup(x, torch.zeros(4).long())
+    with torch.no_grad():
+        guide.get_submodule("sites.2.weight").log_alpha[:, [1, 2, 7]] = 5.0
+    compact = vdo.export(bayesian, guide, form="compact", example_inputs=x)
+    assert compact[0].weight.shape == (5, 5)
+    assert compact[2].weight.shape == (6, 5)
+    torch.testing.assert_close(compact(x), vdo.export(bayesian, guide, form="masked")(x), rtol=1e-4, atol=1e-5)
