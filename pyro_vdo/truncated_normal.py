@@ -77,7 +77,8 @@ def terms(mu: Tensor, sigma: Tensor, a: float, b: float) -> Terms:
 
 def _phi(x: Tensor) -> Tensor:
     """The Normal distribution function with all digits in its lower tail, unlike ``torch.special.ndtr``."""
-    return 0.5 * torch.special.erfc(-special.SQRT_HALF * x)
+    value: Tensor = 0.5 * torch.special.erfc(-special.SQRT_HALF * x)
+    return value
 
 
 def _near_terms(mu: Tensor, sigma: Tensor, lo: Tensor, hi: Tensor, width: Tensor) -> Terms:
