@@ -49,10 +49,10 @@ def forms(net: nn.Module, zeros: float, by_units: bool, x: Tensor) -> dict[str, 
     """The network dense and in all forms of the export."""
     weights = keep(net, zeros, by_units)
     result = {"dense": copy.deepcopy(net).eval()}
-    for form in ("masked", "sparse", "compact", "compact+sparse"):
-        result[form] = prune_module(net, weights, form, example_inputs=x)
+    for form in ("masked", "sparse", None, "compact", "compact+sparse"):
+        result[form or "default"] = prune_module(net, weights, form, example_inputs=x)
     expected = result["masked"](x)
-    for form in ("sparse", "compact", "compact+sparse"):
+    for form in ("sparse", "default", "compact", "compact+sparse"):
         torch.testing.assert_close(result[form](x), expected, rtol=1e-3, atol=1e-3)
     return result
 
@@ -77,7 +77,7 @@ def compare(title: str, net: nn.Module, shape: tuple[int, ...], zeros: float, by
         times = interleave({name: call(m, x) for name, m in modules.items()}, rounds=15, steps=steps, warm_up=2)
         what = f"{title}, {'by units' if by_units else 'random'} zeros {zeros:.1%}, batch {batch}"
         target = TARGETS.get(title, {}).get(batch) if zeros in (ZEROS, 0.99) else None
-        targets = dict.fromkeys(("sparse", "compact+sparse"), target)  # the default, and the fastest
+        targets = dict.fromkeys(("sparse", "default", "compact+sparse"), target)
         for form in modules.keys() - {"dense"}:
             measured = ratio(times, form, "dense")
             details = {"times faster": round(1 / measured, 2), "wall ratio": ratio(times, form, "dense", "wall")}

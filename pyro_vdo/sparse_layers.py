@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 #: a sparse product costs about as much for each nonzero weight as a dense one for this many weights, ...
-WEIGHTS_PER_NONZERO = 10
+WEIGHTS_PER_NONZERO = 6
 #: ... and this many weights more for the call; from benchmarks/export_speed.py, which prints where the two cross
 WEIGHTS_PER_CALL = 16_384
 #: a sparse convolution copies each input position for each tap that is in use; in weights of the dense one
-WEIGHTS_PER_TAP = 30
+WEIGHTS_PER_TAP = 20
 _CHUNK = 1 << 18  # elements of copied inputs that are in work at one time, so that they stay in the cache
 
 
@@ -329,7 +329,7 @@ class Select(nn.Module):
 
 
 #: activations that work on single elements, and so in any memory order
-_ELEMENTWISE = (
+ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Softplus, nn.Hardtanh,
     nn.Hardswish, nn.Identity, nn.Dropout,
 )  # fmt: skip
@@ -377,5 +377,5 @@ def _keep_transposed(chain: nn.Sequential) -> None:
     layers = list(chain)
     for first, layer in enumerate(layers):
         if isinstance(layer, SparseLinear):
-            following = next((other for other in layers[first + 1 :] if type(other) not in _ELEMENTWISE), None)
+            following = next((other for other in layers[first + 1 :] if type(other) not in ELEMENTWISE), None)
             layer.transposed_result = isinstance(following, SparseLinear | nn.Linear)

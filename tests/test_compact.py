@@ -30,7 +30,7 @@ def test_all_forms_compute_the_same(data: st.DataObject) -> None:
     weights = {name: net.get_parameter(name).detach() * mask for name, mask in masks.items()}
     with torch.no_grad():
         expected = prune_module(net, weights, "masked")(x)
-        for form in FORMS:
+        for form in (None, *FORMS):
             close(prune_module(net, weights, form, example_inputs=x)(x), expected)
         everywhere = sparsify(prune_module(net, weights, "masked"), everywhere=True)
         close(everywhere(x), expected)

@@ -84,8 +84,9 @@ def test_the_network_in_the_readme_needs_no_example() -> None:
     net = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))
     bayes, guide = bayesian(net, torch.zeros(1, 784))
     x = torch.randn(4, 784)
+    assert isinstance(export(bayes, guide, "sparse", threshold=-2.0)[0], SparseLinear)  # type: ignore[index]
     small = export(bayes, guide, threshold=-2.0)
-    assert isinstance(small[0], SparseLinear)  # type: ignore[index]
+    assert sum(p.numel() for p in small.parameters()) < 0.2 * sum(p.numel() for p in net.parameters())
     torch.testing.assert_close(small(x), export(bayes, guide, "masked", threshold=-2.0)(x), atol=1e-4, rtol=1e-4)
     compact = export(bayes, guide, "compact", threshold=-2.0)
     torch.testing.assert_close(compact(x), export(bayes, guide, "masked", threshold=-2.0)(x), atol=1e-4, rtol=1e-4)
@@ -217,6 +218,30 @@ def test_sharing_is_kept() -> None:
     plain = plain_module(bayes, values)
     assert plain[0] is plain[2]  # type: ignore[index]
     assert torch.equal(plain[2].weight, torch.eye(3))  # type: ignore[index]
+
+
+def test_the_default_removes_dead_neurons_of_a_chain() -> None:
+    net = nn.Sequential(
+        nn.Linear(5, 4), nn.Sequential(nn.Softplus(), nn.Linear(4, 6, bias=False)), nn.Tanh(), nn.Linear(6, 3)
+    )
+    weights = {name: p.detach().clone() for name, p in net.named_parameters() if p.dim() > 1}
+    weights["0.weight"][1] = 0  # constant, and read
+    weights["1.1.weight"][:, 2] = 0
+    weights["3.weight"][:, [0, 5]] = 0
+    weights["1.1.weight"][1:5, 0] = 0  # so that neuron 0 is read by dead neurons alone
+    small, x = prune_module(net, weights), torch.randn(6, 5)
+    assert [p.shape[0] for p in small.parameters() if p.dim() > 1] == [1, 4, 3]
+    torch.testing.assert_close(small(x), prune_module(net, weights, "masked")(x))
+    inner = nn.Linear(4, 4)
+    repeated = nn.Sequential(inner, nn.ReLU(), inner, nn.ReLU(), nn.Linear(4, 2))
+    weight = inner.weight.detach().clone()
+    weight[2] = 0
+    small, x = prune_module(repeated, {"0.weight": weight}), torch.randn(6, 4)
+    torch.testing.assert_close(small(x), prune_module(repeated, {"0.weight": weight}, "masked")(x))
+    hooked = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    hooked[1].register_forward_hook(lambda module, args, output: output.flip(-1))
+    small = prune_module(hooked, {"0.weight": weight})
+    torch.testing.assert_close(small(x), prune_module(hooked, {"0.weight": weight}, "masked")(x))
 
 
 # --------------------------------------------------------------------------- other tools
