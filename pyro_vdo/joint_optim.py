@@ -31,6 +31,7 @@ class JointOptim(PyroOptim):
         clip_args: dict[str, Any] | Callable[..., dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(optim_constructor, optim_args, clip_args)
+        self._constructor: Callable[..., torch.optim.Optimizer] = optim_constructor
         self.optimizer: torch.optim.Optimizer | None = None
         self._options: list[dict[str, Any]] = []  # of each parameter group, as they were given
 
@@ -51,7 +52,7 @@ class JointOptim(PyroOptim):
     def _take_in(self, param: Tensor) -> None:
         options = dict(self._get_optim_args(param))
         if self.optimizer is None:
-            self.optimizer = self.pt_optim_constructor([{"params": [param]}], **options)
+            self.optimizer = self._constructor([{"params": [param]}], **options)
             self._options.append(options)
         elif options in self._options:
             self.optimizer.param_groups[self._options.index(options)]["params"].append(param)
@@ -59,7 +60,7 @@ class JointOptim(PyroOptim):
             self.optimizer.add_param_group({"params": [param], **options})
             self._options.append(options)
         self.optim_objs[param] = self.optimizer
-        self.grad_clip[param] = self._get_grad_clip(param)
+        self.grad_clip[param] = self._get_grad_clip(param)  # type: ignore[arg-type]  # Pyro means the parameter
         state = self._state_waiting_to_be_consumed.pop(pyro.get_param_store().param_name(param), None)
         if state is not None:
             self._load(param, state)
@@ -67,7 +68,7 @@ class JointOptim(PyroOptim):
     def _load(self, param: Tensor, state: dict[str, Any]) -> None:
         """Take over the state of one parameter as an optimizer of its own has it."""
         assert self.optimizer is not None
-        alone = self.pt_optim_constructor([param], **self._get_optim_args(param))
+        alone = self._constructor([param], **self._get_optim_args(param))
         alone.load_state_dict(state)
         self.optimizer.state[param] = alone.state[param]
         options = {key: value for key, value in alone.param_groups[0].items() if key != "params"}
@@ -79,10 +80,11 @@ class JointOptim(PyroOptim):
 
     def get_state(self) -> dict[str, Any]:
         """State by parameter name, each in the form of an optimizer of its own, as in Pyro."""
-        store, result = pyro.get_param_store(), {}
+        store = pyro.get_param_store()
+        result: dict[str, Any] = {}
         for param in self.optim_objs:
             group = {key: value for key, value in self._group_of(param).items() if key != "params"}
             own = self.optimizer.state.get(param)  # type: ignore[union-attr]
             state = {} if own is None else {0: own}
-            result[store.param_name(param)] = {"state": state, "param_groups": [{**group, "params": [0]}]}
+            result[str(store.param_name(param))] = {"state": state, "param_groups": [{**group, "params": [0]}]}
         return result
