@@ -43,7 +43,8 @@ from pyro_vdo.units import (
     unit_scales,
     unit_signal_to_noise,
 )
-from pyro_vdo.weights import GaussianWeight, ReuseError, ReuseWarning, register_rule
+from pyro_vdo.variables import ReuseError, ReuseWarning
+from pyro_vdo.weights import GaussianWeight, register_rule
 
 __version__ = "0.1.0"
 

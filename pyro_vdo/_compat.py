@@ -251,14 +251,12 @@ _WEIGH_SAMPLES = (
     pyro.infer.Trace_MMD,
     pyro.infer.Importance,
 )
-_NEED_JOINT_SAMPLES = frozenset(
-    inspect.unwrap(function).__code__
-    for function in (
-        *(method for cls in _WEIGH_SAMPLES for method in vars(cls).values() if inspect.isfunction(method)),
-        pyro.infer.importance.vectorized_importance_weights,
-        pyro.infer.predictive._predictive,
-    )
+_SAMPLERS: tuple[Any, ...] = (
+    *(method for cls in _WEIGH_SAMPLES for method in vars(cls).values() if inspect.isfunction(method)),
+    pyro.infer.importance.vectorized_importance_weights,
+    pyro.infer.predictive._predictive,
 )
+_NEED_JOINT_SAMPLES = frozenset(inspect.unwrap(function).__code__ for function in _SAMPLERS)
 
 
 def _is_called_by(codes: Set[Any]) -> bool:
@@ -370,4 +368,9 @@ def is_view(tensor: Tensor) -> bool:
 
 def validation_is_on() -> bool:
     """True while Pyro validates inference (``pyro.enable_validation``, on by default) and nothing is traced."""
-    return bool(pyro.settings.get("validate_infer")) and not torch.jit.is_tracing()
+    return bool(pyro.settings.get("validate_infer")) and not is_tracing()
+
+
+def is_tracing() -> bool:
+    """True while ``torch.jit`` traces, which keeps the forward pass of an autograd function alone."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vdo import fused
-from pyro_vdo.weights import GaussianWeight, ReusePolicy, Variable
+from pyro_vdo.variables import ReusePolicy, Variable
+from pyro_vdo.weights import GaussianWeight
 
 #: a block is taken where it has at most this share of the weights; gathering and scattering cost something too
 LARGEST_SHARE = 0.7
@@ -91,7 +92,7 @@ class BlockWeight(GaussianWeight):
         return self.alive.spread(out, bias, self.loc.shape[0], -spatial - 1)
 
     def expected_log_law_sum(self, event_dim: int) -> Tensor:
-        """E log q(w) summed over the event dimensions; pruned weights count as Normal(0, 1), as they do for the prior."""
+        """E log q(w) summed over the event dimensions; pruned weights count as Normal(0, 1), as for the prior."""
         pruned = self.loc.numel() - self.part.loc.numel()
         return self.part.expected_log_law_sum(event_dim) - pruned * fused.ENTROPY_CONSTANT
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_vdo.groups import Group, check_group, group_shape
 from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, _is_real, _registered, base_prior
 from pyro_vdo.multiplicative import GaussianDropoutNormal
-from pyro_vdo.weights import ReusePolicy
+from pyro_vdo.variables import ReusePolicy
 
 
 class DropoutPosterior(SitePosterior):

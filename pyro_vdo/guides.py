@@ -23,7 +23,8 @@ from pyro_vdo.blocks import Alive, Block
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.priors import WeightPrior
 from pyro_vdo.pruning import Prunable
-from pyro_vdo.weights import ReusePolicy, Undrawn
+from pyro_vdo.variables import ReusePolicy
+from pyro_vdo.weights import Undrawn
 
 Init = Callable[[Any], Any]
 
@@ -210,6 +211,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             raise
 
     def _setup_sites(self) -> None:
+        assert self.prototype_trace is not None
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
         if not sites:
             raise ValueError(
@@ -285,7 +287,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         undrawn = self.training and handlers.local_reparameterization_enabled()
         undrawn = undrawn and not _compat.joint_samples_are_needed()
         result = {}
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
+        for name, site in self._require_setup():
             with ExitStack() as stack:
                 for frame in site["cond_indep_stack"]:
                     stack.enter_context(plates[frame.name])
@@ -352,8 +354,9 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         return self._detached(name)
 
     def _detached(self, name: str) -> Any:
+        self._require_setup()
         part = self._site(name)
-        prior = base_prior(self.prototype_trace.nodes[name]["fn"])
+        prior = base_prior(self.prototype_trace.nodes[name]["fn"])  # type: ignore[union-attr]
 
         def read(attribute: str) -> Any:
             value = getattr(part, attribute)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_vdo import _compat, fused
-from pyro_vdo.weights import DrawnWeight, GaussianWeight, register_rule
+from pyro_vdo.drawn import DrawnWeight
+from pyro_vdo.weights import GaussianWeight, register_rule
 
 Arguments = tuple[Any, ...]
 
@@ -49,11 +50,11 @@ def sample_normal(mean: Tensor, var: Tensor) -> Tensor:
     """
     if var.dtype != mean.dtype:  # float16 autocast, see variance_of
         return sample_normal(mean.to(var.dtype), var).to(mean.dtype)
-    if torch.jit.is_tracing():  # a trace inlines the forward pass of a Function and loses its backward
+    if _compat.is_tracing():  # a trace inlines the forward pass of a Function and loses its backward
         safe = torch.where(var > 0, var, torch.ones_like(var))
         std = torch.where(var > 0, safe.sqrt(), torch.zeros_like(var))
         return mean + std * torch.randn_like(mean)
-    return _NormalSample.apply(mean, var)  # type: ignore[no-any-return,no-untyped-call]
+    return _NormalSample.apply(mean, var)  # type: ignore[no-any-return]
 
 
 def is_gaussian(value: Any) -> bool:

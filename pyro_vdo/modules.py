@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vdo import _compat
+from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.layout import weight_layout
 from pyro_vdo.units import UnitNoise
-from pyro_vdo.weights import DrawnWeight, Undrawn
+from pyro_vdo.weights import Undrawn
 
 #: layers whose ``weight`` meets a function that has a rule
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -62,7 +63,7 @@ class WeightDeclaration:
         pretrained = _compat.get_buffer(module, self.attribute)
         _check_plates(_compat.full_name(module, self.attribute))
         prior = _move(self.prior, pretrained)
-        expanded = prior.expand(pretrained.shape)  # type: ignore[attr-defined]
+        expanded = prior.expand(pretrained.shape)
         expanded.like = pretrained
         fn = expanded.to_event(pretrained.dim())
         fn.pretrained = pretrained
@@ -146,7 +147,7 @@ def to_bayesian(
                 f"to_bayesian: the prior for {key!r} must be a distribution, e.g. LogUniform(), not {value!r}"
             )
     chosen = _choose(net, where, priors)
-    bayesian = copy.deepcopy(net)
+    bayesian: Any = copy.deepcopy(net)
     to_pyro_module_(bayesian)
     for full_name, weight_prior in chosen.items():
         owner, _, attribute = full_name.rpartition(".")
@@ -154,7 +155,7 @@ def to_bayesian(
     for module in bayesian.modules():
         module.__class__ = _bayesian_class(type(module))
     _compat.set_root_name(bayesian, name)
-    return bayesian
+    return bayesian  # type: ignore[no-any-return]
 
 
 def _convert(module: nn.Module, attribute: str, prior: Distribution) -> None:
@@ -303,7 +304,7 @@ def _align_particles(value: Tensor, event_dim: int) -> Tensor:
     ``Predictive(parallel=True)`` conditions on samples of shape (S, *event), though its plate lies to the left of the
     plates of the model, where the weight has batch shape (S, 1).
     """
-    plates = [frame for frame in get_plates() if frame.vectorized]
+    plates: list[Any] = [frame for frame in get_plates() if frame.vectorized]
     batch = [1] * max((-frame.dim for frame in plates), default=0)
     for frame in plates:
         batch[frame.dim] = frame.size
@@ -347,7 +348,7 @@ class BayesianNorm(BayesianModule):
                 UserWarning,
                 stacklevel=2,
             )
-        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return,misc]
+        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -371,7 +372,7 @@ def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce(self: nn.Module) -> Any:
-    return _rebuild, (type(self)._vdo_plain,), self.__getstate__()  # type: ignore[attr-defined,operator]
+    return _rebuild, (type(self)._vdo_plain,), self.__getstate__()  # type: ignore[attr-defined]
 
 
 def _rebuild(kind: type[nn.Module]) -> nn.Module:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyro_vdo import _compat
 from pyro_vdo.posteriors import FactorizedNormal, PrunedNormal
-from pyro_vdo.weights import GaussianWeight, ReusePolicy, Variable
+from pyro_vdo.variables import ReusePolicy, Variable
+from pyro_vdo.weights import GaussianWeight
 
 
 class DropoutWeight(GaussianWeight):

@@ -11,7 +11,9 @@ from torch.distributions import Distribution
 
 from pyro_vdo import fused
 from pyro_vdo.blocks import Block, BlockWeight
-from pyro_vdo.weights import GaussianWeight, PrunedDraw, ReusePolicy, Undrawn, Variable
+from pyro_vdo.drawn import PrunedDraw
+from pyro_vdo.variables import ReusePolicy, Variable
+from pyro_vdo.weights import GaussianWeight, Undrawn
 
 
 class FactorizedNormal(dist.Normal):

@@ -11,8 +11,9 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyro_vdo import _compat
+from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.groups import Group, check_group, group_mean
-from pyro_vdo.weights import GaussianWeight, PrunedDraw, Undrawn, expected_log_prob
+from pyro_vdo.weights import GaussianWeight, Undrawn, expected_log_prob
 
 KLKind = Literal["exact", "molchanov", "kingma"]
 KL_KINDS: tuple[KLKind, ...] = ("exact", "molchanov", "kingma")
@@ -65,7 +66,7 @@ class WeightPrior(TorchDistribution):
 
     def initial_value(self, shape: torch.Size) -> Tensor:
         """Where a guide starts without a pretrained value: Normal(0, 1/fan_in) noise, as there is nothing to sample."""
-        return torch.randn(shape) / max(shape[-1] if shape else 1, 1) ** 0.5
+        return torch.randn(shape) / math.sqrt(max(shape[-1] if shape else 1, 1))
 
     def rsample(self, sample_shape: Any = ()) -> NoReturn:
         """Refused: an improper prior has no samples."""
@@ -142,10 +143,10 @@ class LogUniform(WeightPrior):
 class EmpiricalBayesNormal(WeightPrior):
     """Normal(0, lambda^2) whose lambda is always at its optimum for the posterior at hand (empirical Bayes).
 
-    lambda^2 = mean over the group of E_q w^2 = mu^2 + sigma^2 maximises the ELBO in lambda, in closed form. With a lambda
-    for each weight it leaves KL = log(1 + mu^2/sigma^2) / 2 = log(1 + 1/alpha) / 2 (Kharitonov, Molchanov, Vetrov 2018,
-    eq. 7); on a linear model that is automatic relevance determination (MacKay 1994; Tipping 2001). With a larger group
-    it is a Normal prior with a learned scale.
+    lambda^2 = mean over the group of E_q w^2 = mu^2 + sigma^2 maximises the ELBO in lambda, in closed form. With a
+    lambda for each weight it leaves KL = log(1 + mu^2/sigma^2) / 2 = log(1 + 1/alpha) / 2 (Kharitonov, Molchanov,
+    Vetrov 2018, eq. 7); on a linear model that is automatic relevance determination (MacKay 1994; Tipping 2001). With
+    a larger group it is a Normal prior with a learned scale.
 
     :param group: what shares a lambda: ``"weight"`` (nothing), ``"input"``, ``"output"``, ``"layer"`` (one for all), or
         the dimensions of the weight that tell groups apart, see :func:`pyro_vdo.groups.shared_dims`.
@@ -166,7 +167,7 @@ class EmpiricalBayesNormal(WeightPrior):
         super().__init__(batch_shape)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> EmpiricalBayesNormal:
-        """The prior over a tensor of shape ``batch_shape``; the first expansion tells how many dimensions a weight has."""
+        """The prior over a tensor of shape ``batch_shape``; the first expansion tells the dimensions of a weight."""
         shape = torch.Size(batch_shape)
         known = self._weight_dim or len(self.batch_shape) or len(shape)
         return EmpiricalBayesNormal(self.group, batch_shape=shape, weight_dim=known)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_vdo.blocks import BlockWeight
+from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.local_reparam import Arguments, core, is_gaussian, sample_linear
-from pyro_vdo.weights import DrawnWeight, GaussianWeight, register_rule
+from pyro_vdo.weights import GaussianWeight, register_rule
 
 _CONVOLUTIONS: dict[Any, tuple[int, tuple[str, ...]]] = {
     F.conv1d: (1, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),

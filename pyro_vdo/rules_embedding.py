@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.local_reparam import Arguments, bind, core, is_gaussian, sample_normal
-from pyro_vdo.weights import DrawnWeight, GaussianWeight, register_rule
+from pyro_vdo.weights import GaussianWeight, register_rule
 
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 _BAG = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse",

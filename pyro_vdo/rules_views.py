@@ -62,14 +62,16 @@ def _part(weight: GaussianWeight, loc: Tensor, scale: Tensor, apply: Callable[[T
 
 
 def _repeats(apply: Callable[[Tensor], Tensor], weight: GaussianWeight, loc: Tensor) -> bool:
-    if loc.shape == weight.shape and loc.stride() == weight.loc.stride():
-        return False  # nothing has happened
     if loc.numel() > weight.numel():
         return True
-    if _compat.is_view(loc):  # basic indexing, or an expansion of a smaller part
-        return any(stride == 0 and size > 1 for stride, size in zip(loc.stride(), loc.shape, strict=True))
+    if _compat.is_view(loc):  # basic indexing adds no dimension of stride 0, an expansion does; particles have some
+        return _repeated_dims(loc) > _repeated_dims(weight.loc)
     numbers = apply(torch.arange(weight.numel(), device=loc.device).reshape(weight.shape))
-    return torch.unique(numbers).numel() < numbers.numel()
+    return bool(torch.unique(numbers).numel() < numbers.numel())
+
+
+def _repeated_dims(tensor: Tensor) -> int:
+    return sum(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 @register_rule(Tensor.__iter__)
@@ -103,8 +105,8 @@ def like(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     return func(args[0].loc.detach(), *args[1:], **kwargs) if args and is_gaussian(args[0]) else NotImplemented
 
 
-_DIVISIONS = frozenset({torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.true_divide,
-                        torch.divide, Tensor.divide})  # fmt: skip
+_DIVISIONS: frozenset[Any] = frozenset({torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide,
+                                        Tensor.true_divide, torch.divide, Tensor.divide})  # fmt: skip
 
 
 @register_rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply, *_DIVISIONS)
@@ -130,7 +132,7 @@ def negative(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     return weight.derived(-weight.loc, weight.scale, torch.neg, event_dim=weight.event_dim)
 
 
-_SUBTRACTIONS = frozenset({torch.sub, Tensor.sub, Tensor.__sub__, torch.subtract, Tensor.subtract})
+_SUBTRACTIONS: frozenset[Any] = frozenset({torch.sub, Tensor.sub, Tensor.__sub__, torch.subtract, Tensor.subtract})
 
 
 @register_rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__rsub__, *_SUBTRACTIONS)

@@ -19,7 +19,8 @@ from pyro_vdo import special, truncated_normal
 from pyro_vdo.noise import UndrawnNoise
 from pyro_vdo.posteriors import UndrawnEvent, _same
 from pyro_vdo.priors import WeightPrior
-from pyro_vdo.weights import ReusePolicy, Undrawn, Variable
+from pyro_vdo.variables import ReusePolicy, Variable
+from pyro_vdo.weights import Undrawn
 
 
 class TruncatedLogUniform(WeightPrior):

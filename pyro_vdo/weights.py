@@ -8,9 +8,7 @@ draws it, once for the pass.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,90 +17,17 @@ from torch.distributions import Distribution, kl_divergence
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from pyro_vdo import _compat, fused
+from pyro_vdo.drawn import DrawnWeight
+from pyro_vdo.variables import Places, ReusePolicy, Variable
 
 Rule = Callable[..., Any]
-#: the views that lead from a variable to a part of it
-Places = tuple[Callable[[Tensor], Tensor], ...]
-
-
-class ReuseError(RuntimeError):
-    """One weight was used in two ways that would treat it as two variables (strict mode)."""
-
-
-class ReuseWarning(UserWarning):
-    """One weight was used in two ways that treat it as two variables."""
-
-
-@dataclass
-class ReusePolicy:
-    """What to do when a weight meets a data point twice: warn once for each site, or raise.
-
-    :param strict: raise :class:`ReuseError` instead of warning.
-    """
-
-    strict: bool = False
-    warned: set[str] = field(default_factory=set)
-
-    def report(self, name: str, what: str) -> None:
-        """Warn once for the site ``name``, or raise."""
-        message = (
-            f"weight '{name}' {what} in one pass. Local reparameterization would treat this one weight as two "
-            f"independent ones. Write AutoFactorizedNormal(model, draw=[{name!r}]) to draw it once per pass."
-        )
-        if self.strict:
-            raise ReuseError(message)
-        if name not in self.warned:
-            self.warned.add(name)
-            warnings.warn(message, ReuseWarning, stacklevel=2)
-
-
-@dataclass
-class Variable:
-    """The random variable behind an undrawn tensor and all its views, for one pass."""
-
-    name: str
-    policy: ReusePolicy
-    value: Tensor | None = None
-    #: a sample for densities that have no closed form; it may differ from ``value``, as expectations add up
-    density_value: Tensor | None = None
-    #: identifies the distribution that the variable comes from
-    source: object = None
-    shape: torch.Size = field(default_factory=torch.Size)
-    #: number of leading dimensions that are plates or particles, where that is known
-    batch_dim: int = 0
-    linear_uses: list[Places] = field(default_factory=list)
-
-    def note_linear_use(self, places: Places) -> None:
-        """Record that the part ``places`` met the data, and report a second meeting of any of its elements."""
-        if any(self._overlap(places, other) for other in self.linear_uses):
-            self.policy.report(self.name, "is used by two linear maps")
-        self.linear_uses.append(places)
-
-    def _overlap(self, first: Places, second: Places) -> bool:
-        if not (first and second):  # one of them is the whole
-            return True
-        seen = torch.zeros(self.shape.numel(), dtype=torch.bool)
-        seen[self.elements(first).reshape(-1)] = True
-        return bool(seen[self.elements(second).reshape(-1)].any())
-
-    def elements(self, places: Places) -> Tensor:
-        """The number, in the variable, of each element of a part."""
-        numbers = torch.arange(self.shape.numel()).reshape(self.shape)
-        for place in places:
-            numbers = place(numbers)
-        return numbers
-
-    def note_draw(self) -> None:
-        """Report a draw after a linear use."""
-        if self.linear_uses:
-            self.policy.report(self.name, "is drawn after a linear map has used it")
 
 
 class Undrawn(Tensor):
     """A tensor whose value is a random variable that has not been drawn (abstract).
 
     A family derives from it, and names its rules in :attr:`rules`. Subclasses define :meth:`law`, the distribution
-    of the value, :meth:`draw_root` and :meth:`with_event_dim`.
+    of the value, and :meth:`draw`.
     """
 
     #: function -> rule(func, args, kwargs); one table for each family, open to users through ``register_rule``.
@@ -154,14 +79,14 @@ class Undrawn(Tensor):
             )
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Reached only below __torch_function__, by code that switches it off: the value has to be real there.
         args, kwargs = tree_map(_drawn, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = tuple(self.shape)
         return f"{type(self).__name__}(name={self.variable.name!r}, shape={shape}, dtype={self.dtype})"
 
@@ -230,7 +155,7 @@ class GaussianWeight(Undrawn):
 
     @staticmethod
     def __new__(cls: type[GaussianWeight], loc: Tensor, scale: Tensor | None = None, **_: Any) -> GaussianWeight:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[return-value,attr-defined]
+        return torch.Tensor._make_wrapper_subclass(
             cls, loc.shape, dtype=loc.dtype, device=loc.device, requires_grad=False
         )
 
@@ -451,8 +376,8 @@ class GaussianWeight(Undrawn):
         return _rebuild, (self.loc.detach(), self.scale.detach(), self.variable.name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GaussianWeight:
-        _, arguments = self.__reduce_ex__(None)
-        copied = _rebuild(*(arg.clone() if isinstance(arg, Tensor) else arg for arg in arguments))
+        value = None if self.variable.value is None else self.draw().detach().clone()
+        copied = _rebuild(self.loc.detach().clone(), self.scale.detach().clone(), self.variable.name, value)
         copied.variable.policy = self.variable.policy
         memo[id(self)] = copied
         return copied
@@ -487,42 +412,6 @@ _compat.register_provenance(
     lambda weight, names: _with_provenance(weight, weight.provenance | names),
     lambda weight: (_with_provenance(weight, frozenset()), weight.provenance),
 )
-
-
-class DrawnWeight(Tensor):
-    """A drawn weight with particle dimensions on its left, which torch's own layers do not take.
-
-    Functions with a rule broadcast the particles against the batch of the data, as Pyro's shapes do; every other
-    function sees an ordinary tensor.
-    """
-
-    rules: ClassVar[dict[Callable[..., Any], Rule]] = {}
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = tree_map(_plain, (args, kwargs or {}))
-        rule = cls.rules.get(func)
-        return func(*args, **kwargs) if rule is None else rule(func, args, kwargs)
-
-
-class PrunedDraw(DrawnWeight):
-    """A drawn weight whose pruned elements are 0 and no variables any more: the densities of priors leave them out."""
-
-    kept: Tensor
-
-    @staticmethod
-    def of(value: Tensor, kept: Tensor) -> PrunedDraw:
-        """``value`` where ``kept``, else 0."""
-        draw = torch.where(kept, value, torch.zeros((), dtype=value.dtype, device=value.device))
-        pruned: PrunedDraw = draw.as_subclass(PrunedDraw)
-        pruned.kept = kept
-        return pruned
-
-
-def _plain(leaf: Any) -> Any:
-    return leaf.as_subclass(Tensor) if isinstance(leaf, DrawnWeight) else leaf
 
 
 def register_rule(

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import pyro_vdo as vdo
-from pyro_vdo.weights import GaussianWeight, ReusePolicy, Undrawn, Variable
+from pyro_vdo.variables import ReusePolicy, Variable
+from pyro_vdo.weights import GaussianWeight, Undrawn
 
 Map = Callable[..., Tensor]
 

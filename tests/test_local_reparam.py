@@ -239,9 +239,11 @@ class TestStaysUndrawn(RuleContract):
             lambda w: w.broadcast_to(2, 4, 3),
             lambda w: w[torch.tensor([0, 1, 0])],
             lambda w: w[[1, 1]],
+            lambda w: w[[0, 0, 1, 1]],
+            lambda w: w[0].expand(4, 3),
             lambda w: w.index_select(0, torch.tensor([3, 3])),
         ],
-        ids=["expand", "expand a row", "broadcast_to", "rows", "list", "index_select"],
+        ids=["expand", "expand rows", "broadcast_to", "rows", "list", "same shape", "expand a row", "index_select"],
     )
     def test_repeating_views_are_drawn(self, function: object) -> None:
         """A copy of an element is the same variable: one noise, and not one for each copy."""

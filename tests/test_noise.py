@@ -16,7 +16,7 @@ from torch.distributions import kl_divergence
 
 import pyro_vdo as vdo
 from pyro_vdo.noise import UndrawnNoise, scale_units
-from pyro_vdo.weights import ReuseError, ReusePolicy, Variable
+from pyro_vdo.variables import ReuseError, ReusePolicy, Variable
 from tests.contract import Case, RuleContract
 
 K = 4

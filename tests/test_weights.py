@@ -20,7 +20,8 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo.weights import GaussianWeight, ReusePolicy, Variable
+from pyro_vdo.variables import ReusePolicy, Variable
+from pyro_vdo.weights import GaussianWeight
 from tests.contract import undrawn
 
 

@@ -1,0 +1,90 @@
+"""The random variable behind undrawn tensors, and the honesty rules: it meets each data point once.
+
+Local reparameterization gives each meeting of a weight with the data noise of its own. That is right across data points
+and wrong where one pass uses a weight twice, or draws it as well.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+#: the views that lead from a variable to a part of it
+Places = tuple[Callable[[Tensor], Tensor], ...]
+
+
+class ReuseError(RuntimeError):
+    """One weight was used in two ways that would treat it as two variables (strict mode)."""
+
+
+class ReuseWarning(UserWarning):
+    """One weight was used in two ways that treat it as two variables."""
+
+
+@dataclass
+class ReusePolicy:
+    """What to do when a weight meets a data point twice: warn once for each site, or raise.
+
+    :param strict: raise :class:`ReuseError` instead of warning.
+    """
+
+    strict: bool = False
+    warned: set[str] = field(default_factory=set)
+
+    def report(self, name: str, what: str) -> None:
+        """Warn once for the site ``name``, or raise."""
+        message = (
+            f"weight '{name}' {what} in one pass. Local reparameterization would treat this one weight as two "
+            f"independent ones. Write AutoFactorizedNormal(model, draw=[{name!r}]) to draw it once per pass."
+        )
+        if self.strict:
+            raise ReuseError(message)
+        if name not in self.warned:
+            self.warned.add(name)
+            warnings.warn(message, ReuseWarning, stacklevel=2)
+
+
+@dataclass
+class Variable:
+    """The random variable behind an undrawn tensor and all its views, for one pass."""
+
+    name: str
+    policy: ReusePolicy
+    value: Tensor | None = None
+    #: a sample for densities that have no closed form; it may differ from ``value``, as expectations add up
+    density_value: Tensor | None = None
+    #: identifies the distribution that the variable comes from
+    source: object = None
+    shape: torch.Size = field(default_factory=torch.Size)
+    #: number of leading dimensions that are plates or particles, where that is known
+    batch_dim: int = 0
+    linear_uses: list[Places] = field(default_factory=list)
+
+    def note_linear_use(self, places: Places) -> None:
+        """Record that the part ``places`` met the data, and report a second meeting of any of its elements."""
+        if any(self._overlap(places, other) for other in self.linear_uses):
+            self.policy.report(self.name, "is used by two linear maps")
+        self.linear_uses.append(places)
+
+    def _overlap(self, first: Places, second: Places) -> bool:
+        if not (first and second):  # one of them is the whole
+            return True
+        seen = torch.zeros(self.shape.numel(), dtype=torch.bool)
+        seen[self.elements(first).reshape(-1)] = True
+        return bool(seen[self.elements(second).reshape(-1)].any())
+
+    def elements(self, places: Places) -> Tensor:
+        """The number, in the variable, of each element of a part."""
+        numbers = torch.arange(self.shape.numel()).reshape(self.shape)
+        for place in places:
+            numbers = place(numbers)
+        return numbers
+
+    def note_draw(self) -> None:
+        """Report a draw after a linear use."""
+        if self.linear_uses:
+            self.policy.report(self.name, "is drawn after a linear map has used it")
