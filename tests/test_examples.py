@@ -1,0 +1,185 @@
+"""The example programs on tiny settings, and what checks their results."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_vdo as vdo
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folders of the programs, as if they were started from there; nothing that they switch on is left on."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda mode: True)
+
+
+def write_idx(path: Path, values: np.ndarray, zipped: bool) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    content = header + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if zipped else content)
+
+
+@pytest.fixture(scope="module")
+def digits_as_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 and 100 images of a bar at ten places, in the files of MNIST: one pair zipped, one spelt the other way."""
+    folder, rng = tmp_path_factory.mktemp("mnist"), np.random.RandomState(0)
+    for name, count, zipped in [("train", 400, True), ("t10k", 100, False)]:
+        labels = rng.randint(10, size=count)
+        images = rng.randint(30, size=(count, 28, 28))
+        for image, label in zip(images, labels, strict=True):
+            image[4 + 2 * label : 7 + 2 * label, 5:20] += 200
+        suffix, infix = (".gz", "-") if zipped else ("", ".")
+        write_idx(folder / f"{name}-images{infix}idx3-ubyte{suffix}", images, zipped)
+        write_idx(folder / f"{name}-labels{infix}idx1-ubyte{suffix}", labels, zipped)
+    return folder
+
+
+def run_mnist(data: Path, output: Path, *options: str) -> dict[str, Any]:
+    program = importlib.import_module("mnist")
+    fixed = ["--data", str(data), "--output", str(output), "--quiet", "--set", "validation=100", "--set", "samples=2"]
+    record: dict[str, Any] = program.main([*fixed, *options])
+    return record
+
+
+def test_idx_files(digits_as_mnist: Path, tmp_path: Path) -> None:
+    mnist_data = importlib.import_module("mnist_data")
+    for split, count in [("train", 400), ("test", 100)]:
+        x, y = mnist_data.load_split(str(digits_as_mnist), split)
+        assert x.shape == (count, 1, 28, 28)
+        assert y.shape == (count,)
+        assert 0 <= float(x.min()) < float(x.max()) <= 1
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+        mnist_data.load_split(str(tmp_path), "train")
+    for content, message in [(b"PK12", "no IDX file"), (b"\0\0\x08\x01\0\0\0\x05abc", "holds 3 bytes")]:
+        (tmp_path / "broken").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            mnist_data.read_idx(tmp_path / "broken")
+    x, y, held, labels = mnist_data.hold_out(torch.arange(50.0), torch.arange(50), 10)
+    assert torch.equal(torch.cat([x, held]).sort().values, torch.arange(50.0))
+    assert torch.equal(held.long(), labels)
+
+
+def test_mnist_program_and_the_verifier(
+    digits_as_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = [
+        {"name": "train", "epochs": 3, "lr": 3e-3, "kl": [[0, 0], [1, 0.05]], "prune": [[0.5, 6], [1, 4]], "shift": 1},
+        {"name": "rest", "epochs": 1, "lr": 1e-3, "input_dropout": 0.1, "clip": 3.0, "clip_grad": 1e6},
+    ]
+    record = run_mnist(
+        digits_as_mnist, tmp_path, "--network", "lenet-300-100", "--seed", "1", "--set", f"phases={json.dumps(phases)}",
+        "--set", "batch_size=50", "--set", "threshold=[3, 1]", "--set", "validate_every=2",
+    )  # fmt: skip
+    written = json.loads((tmp_path / "lenet-300-100-seed1.json").read_text())
+    assert written == json.loads(json.dumps(record))
+    assert [row["phase"] for row in record["history"]] == ["train"] * 3 + ["rest"]
+    assert {"val_error_3", "val_error_1"} <= record["history"][1].keys()
+    assert record["kept"] == sum(layer["kept"] for layer in record["layers"])
+    assert record["weights"] == 784 * 300 + 300 * 100 + 100 * 10
+    assert set(record["test_error"]) == {"pruned mean", "unpruned mean", "average of samples"}
+    assert record["exported"]["nonzero_weights"] <= record["kept"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "lenet-300-100-seed1.json",
+        "lenet-300-100-seed1.safetensors",
+    ]
+    with pytest.raises(SystemExit, match="the run is finished"):
+        run_mnist(digits_as_mnist, tmp_path, "--network", "lenet-300-100", "--seed", "1")
+
+    verifier = importlib.import_module("verify_results")
+    arguments = ["--data", str(digits_as_mnist), "--results", str(tmp_path)]
+    assert verifier.main(arguments) == 0
+    assert "verified" in capsys.readouterr().out
+    for change in (
+        lambda r: r["exported"].update(test_error=r["exported"]["test_error"] + 5),
+        lambda r: r["exported"].update(nonzero_weights=r["exported"]["nonzero_weights"] - 1),
+        lambda r: r.update(compression=r["compression"] * 1.01),
+        lambda r: r["exported"].update(file="missing.safetensors"),
+    ):
+        wrong = json.loads(json.dumps(record))
+        change(wrong)
+        (tmp_path / "lenet-300-100-seed1.json").write_text(json.dumps(wrong))
+        assert verifier.main(arguments) == 1
+    assert verifier.main(["--data", str(digits_as_mnist), "--results", str(digits_as_mnist)]) == 1
+
+
+def test_mnist_program_resumes_bit_equal(
+    digits_as_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = json.dumps([{"epochs": 2, "lr": 1e-3}, {"epochs": 2, "lr": 1e-3, "prune": [[0, 5]]}])
+    options = ["--set", f"phases={phases}", "--set", "batch_size=100"]
+    whole = run_mnist(digits_as_mnist, tmp_path / "whole", *options)
+    count, append = [0], vdo.History.append
+
+    def interrupted(self: vdo.History, row: dict[str, Any]) -> None:
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        append(self, row)
+
+    monkeypatch.setattr(vdo.History, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_mnist(digits_as_mnist, tmp_path / "cut", *options)
+    monkeypatch.setattr(vdo.History, "append", append)
+    resumed = run_mnist(digits_as_mnist, tmp_path / "cut", *options)
+    for key in ("layers", "kept", "threshold", "test_error"):
+        assert resumed[key] == whole[key]
+    networks = [(tmp_path / name / f"{whole['name']}.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert networks[0] == networks[1]
+
+
+def test_structured_network(digits_as_mnist: Path, tmp_path: Path) -> None:
+    phases = json.dumps([{"epochs": 1, "lr": 1e-3}])
+    options = ["--set", f"phases={phases}", "--set", "batch_size=100", "--network", "lenet-500-300-structured"]
+    record = run_mnist(digits_as_mnist, tmp_path, *options)
+    assert record["exported"]["form"] == "compact"
+    assert record["recipe"]["structured"]
+    net = vdo.load(tmp_path / record["exported"]["file"])
+    assert not any(isinstance(layer, vdo.UnitNoise) for layer in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--network", "lenet-6"], "unknown network 'lenet-6'"),
+        (["--recipe", "nothing"], "no recipe 'nothing'"),
+        (["--set", "speed=3"], "unknown keys in the recipe: \\['speed'\\]"),
+        (["--set", "phases.0.speed=3"], "unknown keys in the recipe: \\['speed'\\]"),
+    ],
+)
+def test_recipes_that_make_no_sense(options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        importlib.import_module("mnist").parse(options)
+
+
+def test_recipes_in_the_folder_are_read() -> None:
+    program = importlib.import_module("mnist")
+    for path in (ROOT / "examples" / "recipes").glob("*.json"):
+        assert program.parse(["--recipe", path.stem]).recipe["label"] == path.stem
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = importlib.import_module("digits")
+    sparse = digits.main(["--output", str(tmp_path), "--epochs", "4", "--quiet"])
+    assert len(sparse.history) == 4
+    printed = capsys.readouterr().out
+    for part in ("ordinary network", "pruned posterior mean", "posterior samples, averaged", "compression:", "file:"):
+        assert part in printed
+    assert "397 of 397" in printed
+    named = printed.rpartition("written: ")[2].strip().split(", ")
+    assert all(Path(name).stat().st_size > 0 for name in named)
+    expected = {"dense.safetensors", "sparse.safetensors", *(Path(name).name for name in named)}
+    assert {path.name for path in tmp_path.iterdir()} == expected
