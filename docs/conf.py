@@ -59,7 +59,17 @@ def public_names(module: ModuleType) -> list[str]:
 _ORDER = [
     f"pyro_vdo.{room}"
     for room in (
-        *("modules", "priors", "scale_mixtures", "structured", "guides", "gaussian_dropout", "handlers", "training", "run"),
+        *(
+            "modules",
+            "priors",
+            "scale_mixtures",
+            "structured",
+            "guides",
+            "gaussian_dropout",
+            "handlers",
+            "training",
+            "run",
+        ),
         *("history", "batches", "schedules", "objective", "checkpoint", "relevance", "export", "compact", "storage"),
         *("io_arviz", "weight_table", "diagnostics", "plots", "units", "noise", "dropout", "multiplicative"),
         *("posteriors", "weights", "local_reparam"),

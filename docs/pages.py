@@ -1,8 +1,8 @@
 """Runs the pages: every ``python`` block of a page, in order and in one namespace, and checks what it prints.
 
-- A ``text`` block right below a ``python`` block is its output: what it prints, then warnings as ``Category: message``, then
-  the error that it ends with as ``Type: message``. Without such a block a warning or an error fails the page. Runs of
-  white space are equal, ``...`` stands for anything, and numbers may differ as in :func:`agree`.
+- A ``text`` block right below a ``python`` block is its output: what it prints, then warnings as ``Category: message``,
+  then the error that it ends with as ``Type: message``. Without such a block a warning or an error fails the page. Runs
+  of white space are equal, ``...`` stands for anything, and numbers may differ as in :func:`agree`.
 - ``<!-- run`` ... ``-->`` is a block that runs and is not shown.
 
 ``python docs/pages.py --update [PAGE...]`` writes the outputs anew.
@@ -24,7 +24,8 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 _BLOCK = re.compile(
-    r"^```python\n(?P<shown>.*?)^```$(?:\n\n^```text\n(?P<output>.*?)^```$)?|^<!-- run\n(?P<hidden>.*?)^-->$", re.M | re.S
+    r"^```python\n(?P<shown>.*?)^```$(?:\n\n^```text\n(?P<output>.*?)^```$)?|^<!-- run\n(?P<hidden>.*?)^-->$",
+    re.M | re.S,
 )
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 WIDTH = 110

@@ -1,4 +1,4 @@
-"""The pages and the README are true: their code runs and prints what they say, links lead somewhere, the site builds."""
+"""The pages and the README are true: their code runs and prints what they say, links lead on, the site builds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ PAGES = sorted(DOCS.glob("*.md"))
 README = ROOT / "README.md"
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\(([^)\s]+)\)")
 #: where links may lead: papers and documentation, which stay
-STABLE = ("arxiv.org/abs/", "doi.org/", "docs.", "huggingface.co/docs/", "python.arviz.org", "pytorch.org/docs", "pyro.ai")
+STABLE = (
+    "arxiv.org/abs/",
+    "doi.org/",
+    "docs.",
+    "huggingface.co/docs/",
+    "python.arviz.org",
+    "pytorch.org/docs",
+    "pyro.ai",
+)
 
 
 def load(name: str, path: Path) -> Any:
@@ -71,7 +79,9 @@ def test_every_block_is_run() -> None:
 
 def test_the_runner_sees_mistakes(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("```python\nprint(1 + 1)\n```\n\n```text\n2\n```\n\n```python\nimport warnings\nwarnings.warn('x')\n```\n")
+    page.write_text(
+        "```python\nprint(1 + 1)\n```\n\n```text\n2\n```\n\n```python\nimport warnings\nwarnings.warn('x')\n```\n"
+    )
     run = pages.run(page)
     block, got = next(run)
     assert got == "2\n"

@@ -32,7 +32,15 @@ def main() -> None:
     digits = np.arange(1, 10)
     for shift, colour, (name, values) in zip((-0.27, 0, 0.27), (BLUE, RED, GREY), samples.items(), strict=True):
         ax.bar(digits + shift, leading_digits(values), width=0.25, color=colour, label=name)
-    ax.plot(digits - 0.27, np.log10(1 + 1 / digits), "o", ms=5, mfc="none", color=INK, label="$\\log_{10}(1 + 1/d)$, Benford")
+    ax.plot(
+        digits - 0.27,
+        np.log10(1 + 1 / digits),
+        "o",
+        ms=5,
+        mfc="none",
+        color=INK,
+        label="$\\log_{10}(1 + 1/d)$, Benford",
+    )
     ax.set(xlabel="leading digit", ylabel="share", xticks=digits)
     ax.legend(frameon=False, fontsize=9)
     save(figure, "benford.svg")

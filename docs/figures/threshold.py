@@ -15,7 +15,7 @@ def main() -> None:
     rows = []
     for prior in (vdo.LogUniform(), vdo.EmpiricalBayesNormal()):
         net, guide = trained(prior)
-        for threshold in (3.0, 2.0, 1.0, 0.0, -1.0, -2.0):
+        for threshold in (3.0, 1.5, 0.0, -0.5, -1.0):
             error = float((vdo.export(net, guide, threshold=threshold)(x).argmax(1) != y).double().mean())
             compression = vdo.sparsity(guide, threshold).compression
             name = type(prior).__name__
