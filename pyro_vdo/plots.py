@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pyro_vdo import relevance
 from pyro_vdo.animation import Snapshots, animate
@@ -44,7 +44,7 @@ def plot_log_alpha(
     *,
     sites: str | Sequence[str] | None = None,
     threshold: float = THRESHOLD,
-    bins: int = 80,
+    bins: int | None = None,
     axes: Any = None,
 ) -> Array:
     """Distribution of log alpha in each layer, with the threshold above which weights are zero.
@@ -52,7 +52,7 @@ def plot_log_alpha(
     :param guide: a guide, or what else :func:`pyro_vdo.relevance.posteriors` takes.
     :param sites: the sites to draw, one row each; all by default.
     :param threshold: weights with log alpha >= threshold are pruned.
-    :param bins: number of bars.
+    :param bins: number of bars; by default up to 80, fewer for few weights.
     :param axes: axes to draw on, one for each site.
     :returns: an array of axes, one for each site. Values beyond the range (inf for means of 0) are in the outer bars.
     """
@@ -63,6 +63,7 @@ def plot_log_alpha(
     # beyond e.g. 20 the tail of weights that are zero tells no more
     low, high = min(low, threshold - 2.0), min(max(high, threshold + 2.0), threshold + 17.0)
     # an edge lies on the threshold, so that no bar has weights of both kinds
+    bins = min(80, 2 * math.isqrt(max(v.size for v in values.values())) + 8) if bins is None else bins
     step = (high - low) / bins
     edges = threshold + step * np.arange(math.floor((low - threshold) / step), math.ceil((high - threshold) / step) + 1)
     axes = figure_axes(axes, len(values), 1, 7.0, 1.3 + 1.5 * len(values), sharex=True)[:, 0]
@@ -139,8 +140,9 @@ def _elbo_parts(ax: Axes, frame: pd.DataFrame) -> None:
     shown = frame[["nll", "kl"]].to_numpy(dtype=float)
     if shown.size and np.nanmin(shown) > 0 and np.nanmax(shown) > 30 * np.nanmin(shown):
         ax.set_yscale("log")
-    else:
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     ax.set_ylabel("nats, all data", color=INK)
     ax.set_title("Parts of the ELBO", fontsize=10, loc="left", color=INK)
     ax.legend(frameon=False, fontsize=8, ncols=2)
@@ -194,6 +196,7 @@ def plot_compression(
     if baseline is not None:
         target.axhline(100 * baseline, color=INK, lw=1.2, ls="--", label=f"dense network: {100 * baseline:.2f} %")
     target.set_xscale("log")
+    target.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # a range below a decade needs labels, too
     target.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
     target.xaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
     target.set_xlabel("compression: weights / weights kept (log scale)", color=INK)
