@@ -154,7 +154,8 @@ class Sampler:
     def _can_vectorize(self) -> bool:
         """Whether some draws at once give what one of them gives alone."""
         arguments = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-        sizes = {size for shaped in (*arguments, *self.sites.values()) for size in shaped.shape}
+        shapes = [*(tuple(leaf.shape) for leaf in arguments), *(site.shape for site in self.sites.values())]
+        sizes = {size for shape in shapes for size in shape}
         few = next(n for n in range(2, len(sizes) + 3) if n not in sizes)  # or an error of shapes might stay hidden
         try:
             with warnings.catch_warnings():
