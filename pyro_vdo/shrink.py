@@ -85,10 +85,7 @@ def _prior(net: PyroModule, local: str) -> Any:
 
 
 def _positions(name: str, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows and columns of ``large`` the tensor ``small`` consists of: its unique values tell.
-
-    A column without a nonzero value can only be there where all columns are (the inputs of the network).
-    """
+    """Which rows and columns of ``large`` the tensor ``small`` consists of: its unique values tell."""
     flat = large.flatten(2).abs().amax(2) if large.dim() > 2 else large  # one value for each filter of a convolution
     little = small.flatten(2).abs().amax(2) if small.dim() > 2 else small
     order = flat.flatten().argsort()
@@ -98,20 +95,20 @@ def _positions(name: str, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]
     twin[1:] |= twin[:-1].clone()
     at = torch.searchsorted(known, little.flatten().contiguous()).clamp(max=len(known) - 1)
     found, telling = order[at].view(little.shape), ~twin[at].view(little.shape) & (little != 0)
-    rows = _indices(name, found // flat.shape[1], telling, 0, flat.shape[0])
-    columns = _indices(name, found % flat.shape[1], telling, 1, flat.shape[1])
-    if not torch.equal(large[rows][:, columns], small):
-        raise ExportError(f"shrink: the weights that are left of '{name}' cannot be found among those before")
+    rows = found.div(flat.shape[1], rounding_mode="floor").where(telling, -1).amax(1)
+    columns = (found % flat.shape[1]).where(telling, -1).amax(0)
+    columns = _fill(columns, flat[rows[rows >= 0]])
+    rows = _fill(rows, flat[:, columns].t())
+    if min(rows.min(), columns.min()) < 0 or not torch.equal(large[rows][:, columns], small):
+        raise ExportError(
+            f"shrink: what is left of '{name}' cannot be found among what was there, as too many weights are equal"
+        )
     return rows, columns
 
 
-def _indices(name: str, found: Tensor, telling: Tensor, dim: int, size: int) -> Tensor:
-    index = found.where(telling, torch.full_like(found, -1)).amax(1 - dim)
-    if bool((index >= 0).all()):
-        return index
-    if len(index) == size:
-        return torch.arange(size, device=found.device)
-    raise ExportError(
-        f"shrink: a unit that is left of '{name}' has no weight, or none of a value of its own; prune less, or export "
-        "the network as it is"
-    )
+def _fill(index: Tensor, values: Tensor) -> Tensor:
+    """Let positions that no value tells (-1) be any that is zero in ``values`` (others, positions): they are alike."""
+    if len(index) == values.shape[1]:  # nothing was removed
+        return torch.arange(len(index), device=index.device)
+    dead = (values == 0).all(0).nonzero().flatten()
+    return index.where(index >= 0, dead[0] if len(dead) else -1)
