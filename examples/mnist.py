@@ -206,6 +206,7 @@ class Program:
     def finish(self, threshold: float, x: Tensor, y: Tensor, path: Path) -> dict[str, Any]:
         """Errors on the test set, counts, and the exported network."""
         net, guide, samples = self.net.cpu(), self.guide.cpu(), self.recipe["samples"]
+        torch.manual_seed(self.recipe["seed"])
         three = vdo.predict_three_ways(net, guide, parts(x, y), wrong, num_samples=samples, threshold=threshold)
         result: dict[str, Any] = {"test_error": three}
         if not self.recipe["structured"]:

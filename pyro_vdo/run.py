@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -21,52 +19,14 @@ from tqdm import tqdm
 from pyro_vdo import _compat, objective
 from pyro_vdo.checkpoint import CheckpointError, CheckpointFile
 from pyro_vdo.handlers import scale_kl
-from pyro_vdo.history import EarlyStop, History
+from pyro_vdo.history import History
 from pyro_vdo.objective import Batch, DataTerm, NumericalError
-from pyro_vdo.optimizers import Options, make_optimizer
-from pyro_vdo.reproducible import (
-    TURNS,
-    Objects,
-    called,
-    load_buffers,
-    preserved_random_state,
-    random_state,
-    set_random_state,
-)
-from pyro_vdo.schedules import Schedule
-
-_FORMAT = 1
+from pyro_vdo.optimizers import make_optimizer
+from pyro_vdo.reproducible import TURNS, Objects, called, preserved_random_state
+from pyro_vdo.resume import Resumable, Settings
 
 
-@dataclass
-class Settings:
-    """The arguments of :func:`fit`, checked."""
-
-    epochs: int
-    optim: Any
-    lr: float | None
-    param_options: Options | None
-    loss: Any
-    kl_weight: Schedule
-    lr_schedule: Schedule | None
-    prune: Schedule | None
-    threshold: float
-    validate: Any
-    validate_every: int
-    early_stop: EarlyStop | None
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: int
-    resume: Any
-    device: torch.device | None
-    dtype: torch.dtype | None
-    clip_grad: float | None
-    callbacks: Sequence[Callable[..., Any]]
-    state: Mapping[str, Any]
-    progress: bool
-    seed: int | None
-
-
-class Run:
+class Run(Resumable):
     """One training run, as callbacks see it.
 
     :ivar epoch: number of epochs done.
@@ -169,7 +129,7 @@ class Run:
                     self._check_scale(before)
                 total += self._do_step(count)
                 if not self._compiled:
-                    data_term = data_term + self._recorder.take(*_particles(self.settings.loss)).to(data_term.device)
+                    data_term = self._recorder.take(*_particles(self.settings.loss)) + data_term
             count += 1
             if bar is not None:
                 bar.update(int(self._bar_of_steps))
@@ -390,73 +350,6 @@ class Run:
             shown["zero"] = f"{100 * (1 - row['kept'] / max(row['weights'], 1)):.1f}%"
         shown |= {key: f"{value:.4g}" for key, value in row.items() if key.startswith("val")}
         bar.set_postfix(shown, refresh=True)
-
-    # ----------------------------------------------------------------- checkpoints
-
-    def _snapshot(self) -> dict[str, Any]:
-        buffers = {name: value for name, (_, _, value) in self.objects.buffers().items()}
-        return {
-            "params": {name: param.detach().clone() for name, param in self._params.items()},
-            "buffers": {name: None if value is None else value.clone() for name, value in buffers.items()},
-        }
-
-    @torch.no_grad()
-    def _load_snapshot(self, snapshot: Mapping[str, Any]) -> None:
-        self._load_params(snapshot["params"])
-        load_buffers(self.objects.buffers(), snapshot["buffers"])
-
-    @torch.no_grad()
-    def _load_params(self, saved: Mapping[str, Tensor]) -> None:
-        shapes = {name: tuple(param.shape) for name, param in self._params.items()}
-        if shapes != {name: tuple(value.shape) for name, value in saved.items()}:
-            raise CheckpointError(f"it was written by another program: the parameters are now {shapes}")
-        for name, param in self._params.items():
-            param.copy_(saved[name])
-
-    def _program(self) -> dict[str, Any]:
-        loss = self.settings.loss
-        return {
-            "format": _FORMAT,
-            "seed": self.settings.seed,
-            "optimizer": self.optimizer.name,
-            "loss": getattr(loss, "__name__", type(loss).__name__),
-        }
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "program": self._program(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "num_batches": self._num_batches,
-            "stopped": self._stopped,
-            "history": [dict(row) for row in self.history],
-            "params": {name: param.detach() for name, param in self._params.items()},
-            "optimizer": self.optimizer.state(self._params),
-            "objects": self.objects.state(),
-            "best": self._best,
-            "random": random_state(),
-        }
-
-    def _resume(self, state: Mapping[str, Any]) -> None:
-        """Continue where the checkpoint was written."""
-        path = self._file.path if self._file is not None else ""
-        before, anew = state["program"], "Pass resume=False to start anew."
-        other = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in self._program().items() if before.get(k) != v]
-        if other:
-            raise CheckpointError(f"checkpoint '{path}' belongs to another run: {', '.join(other)}. {anew}")
-        try:
-            with preserved_random_state():
-                first = next(iter(called(self.data, 0) if callable(self.data) else self.data))
-                self._params = objective.parameters_of(self.model, self.guide, self._to_batch(first))
-            self._load_params(state["params"])
-            self.optimizer.load(self._params, state["optimizer"])
-            self.objects.load(state["objects"])
-        except CheckpointError as error:
-            raise CheckpointError(f"checkpoint '{path}' does not fit: {error}. {anew}") from error
-        self.epoch, self.step, self._best = state["epoch"], state["step"], state["best"]
-        self._num_batches, self._stopped = state["num_batches"], state["stopped"]
-        self.history[:] = state["history"]
-        set_random_state(state["random"])
 
 
 _END = object()

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset, IterableDataset
 from pyro_vdo import _compat
 from pyro_vdo.history import EarlyStop, History
 from pyro_vdo.optimizers import Options
-from pyro_vdo.run import Run, Settings
+from pyro_vdo.resume import Settings
+from pyro_vdo.run import Run
 from pyro_vdo.schedules import Schedule
 
 

@@ -1,0 +1,136 @@
+"""What a run of ``fit`` writes into its checkpoint, and how it goes on from there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vdo import objective
+from pyro_vdo.checkpoint import CheckpointError, CheckpointFile
+from pyro_vdo.history import EarlyStop, History
+from pyro_vdo.objective import Batch
+from pyro_vdo.optimizers import Options, PyroOptimizer, TorchOptimizer
+from pyro_vdo.reproducible import Objects, called, load_buffers, preserved_random_state, random_state, set_random_state
+from pyro_vdo.schedules import Schedule
+
+_FORMAT = 1
+
+
+@dataclass
+class Settings:
+    """The arguments of :func:`fit`, checked."""
+
+    epochs: int
+    optim: Any
+    lr: float | None
+    param_options: Options | None
+    loss: Any
+    kl_weight: Schedule
+    lr_schedule: Schedule | None
+    prune: Schedule | None
+    threshold: float
+    validate: Any
+    validate_every: int
+    early_stop: EarlyStop | None
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int
+    resume: Any
+    device: torch.device | None
+    dtype: torch.dtype | None
+    clip_grad: float | None
+    callbacks: Sequence[Callable[..., Any]]
+    state: Mapping[str, Any]
+    progress: bool
+    seed: int | None
+
+
+class Resumable:
+    """The part of a run that deals with its state."""
+
+    model: Callable[..., Any]
+    guide: Any
+    data: Any
+    settings: Settings
+    epoch: int
+    step: int
+    history: History
+    optimizer: TorchOptimizer | PyroOptimizer
+    objects: Objects
+    _file: CheckpointFile | None
+    _params: dict[str, Tensor]
+    _num_batches: int | None
+    _best: dict[str, Any] | None
+    _stopped: bool
+
+    def _to_batch(self, raw: Any) -> Batch:
+        raise NotImplementedError
+
+    def _snapshot(self) -> dict[str, Any]:
+        buffers = {name: value for name, (_, _, value) in self.objects.buffers().items()}
+        return {
+            "params": {name: param.detach().clone() for name, param in self._params.items()},
+            "buffers": {name: None if value is None else value.clone() for name, value in buffers.items()},
+        }
+
+    @torch.no_grad()
+    def _load_snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        self._load_params(snapshot["params"])
+        load_buffers(self.objects.buffers(), snapshot["buffers"])
+
+    @torch.no_grad()
+    def _load_params(self, saved: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(param.shape) for name, param in self._params.items()}
+        if shapes != {name: tuple(value.shape) for name, value in saved.items()}:
+            raise CheckpointError(f"it was written by another program: the parameters are now {shapes}")
+        for name, param in self._params.items():
+            param.copy_(saved[name])
+
+    def _program(self) -> dict[str, Any]:
+        loss = self.settings.loss
+        return {
+            "format": _FORMAT,
+            "seed": self.settings.seed,
+            "optimizer": self.optimizer.name,
+            "loss": getattr(loss, "__name__", type(loss).__name__),
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "program": self._program(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "num_batches": self._num_batches,
+            "stopped": self._stopped,
+            "history": [dict(row) for row in self.history],
+            "params": {name: param.detach() for name, param in self._params.items()},
+            "optimizer": self.optimizer.state(self._params),
+            "objects": self.objects.state(),
+            "best": self._best,
+            "random": random_state(),
+        }
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        """Continue where the checkpoint was written."""
+        path = self._file.path if self._file is not None else ""
+        before, anew = state["program"], "Pass resume=False to start anew."
+        other = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in self._program().items() if before.get(k) != v]
+        if other:
+            raise CheckpointError(f"checkpoint '{path}' belongs to another run: {', '.join(other)}. {anew}")
+        try:
+            with preserved_random_state():
+                first = next(iter(called(self.data, 0) if callable(self.data) else self.data))
+                self._params = objective.parameters_of(self.model, self.guide, self._to_batch(first))
+            self._load_params(state["params"])
+            self.optimizer.load(self._params, state["optimizer"])
+            self.objects.load(state["objects"])
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint '{path}' does not fit: {error}. {anew}") from error
+        self.epoch, self.step, self._best = state["epoch"], state["step"], state["best"]
+        self._num_batches, self._stopped = state["num_batches"], state["stopped"]
+        self.history[:] = state["history"]
+        set_random_state(state["random"])
