@@ -231,8 +231,9 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         fn = site["fn"]
         if getattr(fn, "has_enumerate_support", False) or fn.support is None:
             raise ValueError(
-                f"AutoFactorizedNormal: site '{name}' is discrete. Hide it with "
-                f"poutine.block(model, hide=[{name!r}]) and enumerate it, or give it a guide in an AutoGuideList."
+                f"AutoFactorizedNormal: site '{name}' is discrete. If it is data, hand the data to the first call, "
+                f"guide.setup(x, y). If it is latent, hide it with poutine.block(model, hide=[{name!r}]) and enumerate "
+                "it, or give it a guide in an AutoGuideList."
             )
         value = site["value"].detach()
         if not value.is_floating_point():

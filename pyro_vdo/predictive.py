@@ -11,6 +11,8 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vdo import _compat
+
 _PLATE = "_pyro_vdo_predictions"
 
 
@@ -111,3 +113,6 @@ class LocalPredictive:
         if value.dim() < nesting + 1 or value.shape[0] != size:
             return value.expand(size, *value.shape)
         return value
+
+
+_compat.PREDICTING.add(LocalPredictive._traces.__code__)

@@ -364,6 +364,12 @@ def test_left_overs_of_an_earlier_network_are_no_news() -> None:
             del model
 
 
+def test_setup_without_the_data() -> None:
+    x, _ = data()
+    with pytest.raises(ValueError, match=r"site 'y' is discrete\. If it is data.*guide\.setup\(x, y\)"):
+        vdo.AutoFactorizedNormal(in_plate(bayesian())).setup(x)
+
+
 # --------------------------------------------------------------------------- 10. everything pruned
 
 
