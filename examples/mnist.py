@@ -127,7 +127,8 @@ class Program:
 
         def model(x: Tensor, y: Tensor | None = None) -> Tensor:
             logits = net(x)
-            with pyro.plate("data", self.num_examples, subsample_size=len(x)):
+            # Given the indices, which nothing uses, Pyro need not draw them: a permutation of all images in each step.
+            with pyro.plate("data", self.num_examples, subsample=torch.arange(len(x), device=x.device)):
                 return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
         self.net, self.model = net, model
