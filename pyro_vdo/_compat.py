@@ -13,6 +13,7 @@ import pyro
 import pyro.infer.autoguide.initialization
 import pyro.infer.importance
 import pyro.infer.predictive
+import pyro.infer.util
 import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
@@ -368,7 +369,7 @@ def is_view(tensor: Tensor) -> bool:
 
 def validation_is_on() -> bool:
     """True while Pyro validates inference (``pyro.enable_validation``, on by default) and nothing is traced."""
-    return bool(pyro.settings.get("validate_infer")) and not is_tracing()
+    return bool(pyro.infer.util.is_validation_enabled()) and not is_tracing()
 
 
 def is_tracing() -> bool:

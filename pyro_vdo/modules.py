@@ -58,10 +58,19 @@ class WeightDeclaration:
     def __init__(self, name: str, prior: Distribution) -> None:
         self.attribute = name
         self.prior = prior
+        self._known: Any = None
 
     def __call__(self, module: Any) -> Any:
         pretrained = _compat.get_buffer(module, self.attribute)
         _check_plates(_compat.full_name(module, self.attribute))
+        if self._known is None or self._known.pretrained is not pretrained:  # another device or dtype
+            self._known = self._make(module, pretrained)
+        return self._known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": None}
+
+    def _make(self, module: Any, pretrained: Tensor) -> Any:
         prior = _move(self.prior, pretrained)
         expanded = prior.expand(pretrained.shape)
         expanded.like = pretrained
