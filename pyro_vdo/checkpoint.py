@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,9 @@ def write_atomically(path: Path, data: bytes, backup: Path | None = None) -> Non
     :param backup: where the old file goes, if given.
     :raises OSError: as the system does; the old file is then untouched and no other is left behind.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    # Not tempfile.mkstemp, whose files only their owner can read: a saved file should have the usual permissions.
+    name = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -124,7 +127,7 @@ def write_atomically(path: Path, data: bytes, backup: Path | None = None) -> Non
             os.replace(path, backup)
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
 

@@ -365,3 +365,14 @@ def test_other_things_do_not_go_into_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="not builtin_function_or_method"):
         Case().fit(epochs=1, checkpoint=tmp_path / "c", state={"odd": Odd()})
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits are those of POSIX")
+def test_files_have_the_usual_permissions(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        checkpoint.write_atomically(tmp_path / "file", b"data")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
