@@ -57,8 +57,6 @@ def weights_of(guide: Any, site: str | None, threshold: float, dims: tuple[int, 
     """Name, means and mask (True for kept) of a site as numpy arrays; the first of a fitting dimension by default."""
     name, q = _first(guide, site, dims)
     kept = relevance.masks({name: q}, threshold)[name]
-    if getattr(q, "kept", None) is not None:
-        kept = kept & q.kept
     return name, q.mean.detach().cpu().numpy(), kept.cpu().numpy()
 
 

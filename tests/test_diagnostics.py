@@ -122,12 +122,13 @@ def test_loo_against_the_exact_value() -> None:
 
 def test_loo_is_corrected_for_a_guide_that_is_off() -> None:
     """One standard deviation off, LOO of the approximation is wrong; carried over to the posterior it is right."""
-    case = Conjugate(offset=1.0)
+    case = Conjugate(offset=1.0, draws=40_000)
     plain, corrected = diagnostics.loo(case.idata), diagnostics.loo(case.idata, correct=True)
     weights = np.exp(_arviz.group(case.idata, "sample_stats")["log_weight"].values[0])
     inflation = np.sqrt(1 + (weights.std() / weights.mean()) ** 2)  # of the standard error, by the weights
-    assert abs(elpd(corrected) - case.exact()) < SIGMAS * case.error() * inflation
-    assert abs(elpd(plain) - case.exact()) > SIGMAS * case.error()
+    bound = SIGMAS * case.error() * inflation
+    assert abs(elpd(corrected) - case.exact()) < bound
+    assert abs(elpd(plain) - case.exact()) > 1.5 * bound
 
 
 def test_loo_names_what_is_missing() -> None:

@@ -160,17 +160,23 @@ def test_predictions_of_a_chain_of_observations_start_from_predictions() -> None
 
 
 def test_undrawn_weights_of_a_custom_guide_are_drawn_once_for_all() -> None:
-    case = Regression()
+    x, y = torch.randn(8, 3), torch.randn(8)
 
-    def guide(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
-        pyro.sample("b", dist.Normal(0.3, 0.2))
-        pyro.sample("w", vdo.FactorizedNormal(torch.ones(3), 0.5 * torch.ones(3)).to_event(1))
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+        mean = nn.functional.linear(x, w).squeeze(-1)  # of an undrawn weight this would have noise of its own
+        with pyro.plate("data", 8):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
-    idata = from_pyro_svi(case.model, guide, case.x, case.y, num_samples=6)
-    b, w = (group(idata, "posterior")[name].values[0] for name in ("b", "w"))
-    np.testing.assert_allclose(
-        group(idata, "log_likelihood")["y"].values[0], case.log_likelihood(b, w), rtol=1e-4, atol=1e-4
-    )
+    def guide(x: torch.Tensor, y: torch.Tensor) -> None:
+        pyro.sample("w", vdo.FactorizedNormal(torch.ones(1, 3), 0.5 * torch.ones(1, 3)).to_event(2))
+
+    idata = from_pyro_svi(model, guide, x, y, num_samples=6)
+    w = group(idata, "posterior")["w"].values[0, :, 0]
+    expected = st.norm(w @ x.numpy().T, 1).logpdf(y.numpy())
+    np.testing.assert_allclose(group(idata, "log_likelihood")["y"].values[0], expected, rtol=1e-4, atol=1e-4)
+    log_q = st.norm(1, 0.5).logpdf(w).sum(-1)
+    np.testing.assert_allclose(group(idata, "sample_stats")["log_q"].values[0], log_q, rtol=1e-4, atol=1e-4)
 
 
 def test_convolutions_are_drawn_one_by_one_and_agree_with_torch() -> None:
@@ -254,6 +260,15 @@ def test_pruned_weights_are_zero_in_every_draw_and_have_no_density() -> None:
     for name in ("lp", "log_q", "log_weight", "log_weight_proper"):
         assert np.isfinite(group(idata, "sample_stats")[name].values).all()
     assert not group(idata, "variational")["0.weight_kept"].values[0][~mask.numpy()].any()
+    difference = np.zeros(6)  # of the stand-in and the prior, for the weights that are left
+    for name, q in guide.posteriors().items():
+        left = mask if name == "0.weight" else torch.ones_like(q.loc, dtype=torch.bool)
+        w = torch.as_tensor(group(idata, "posterior")[name].values[0])[:, left].double()
+        proper = torch.distributions.Normal(0.0, (q.loc.square() + q.scale.square()).sqrt()[left].double())
+        difference += (proper.log_prob(w) - vdo.LogUniform().log_prob(w)).sum(-1).numpy()
+    stats = group(idata, "sample_stats")
+    got = (stats["log_weight_proper"] - stats["log_weight"]).values[0]
+    np.testing.assert_allclose(got, difference, rtol=1e-4, atol=1e-3)
     assert group(idata, "posterior").attrs["vectorized"] == 1
 
 
