@@ -89,7 +89,7 @@ def _dropout_empirical_bayes(q: GaussianDropoutNormal, p: EmpiricalBayesNormal) 
 
 @register_kl(TruncatedLogNormal, TruncatedLogUniform)
 def _truncated_log_normal_log_uniform(q: TruncatedLogNormal, p: TruncatedLogUniform) -> Tensor:
-    """KL of structured pruning, elementwise (Neklyudov et al. 2017, eq. 10). See special.py.
+    """KL of structured pruning, elementwise (Neklyudov et al. 2017, eq. 10). See truncated.py.
 
     The prior's interval may be wider than the posterior's; inf where the posterior leaves it.
     """

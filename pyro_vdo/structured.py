@@ -15,10 +15,11 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
-from pyro_vdo import special, truncated_normal
+from pyro_vdo import truncated, truncated_normal
 from pyro_vdo.noise import UndrawnNoise
 from pyro_vdo.posteriors import UndrawnEvent, _same
 from pyro_vdo.priors import WeightPrior
+from pyro_vdo.special import LOG_SQRT_2PI
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import Undrawn
 
@@ -186,8 +187,8 @@ class TruncatedLogNormal(TorchDistribution):
         """(Phi(t) - Phi(lo)) / (Phi(hi) - Phi(lo)) with t, lo, hi in units of the Normal before the cut."""
         log_value = value.to(torch.float64).log().clamp(self.a, self.b)
         lo, t, hi = (self._standardized(end) for end in (self.a, log_value, self.b))
-        inside = special.log_normal_cdf_difference(lo, torch.maximum(t, lo + 1e-300))
-        share = (inside - special.log_normal_cdf_difference(lo, hi)).exp()
+        inside = truncated.log_normal_cdf_difference(lo, torch.maximum(t, lo + 1e-300))
+        share = (inside - truncated.log_normal_cdf_difference(lo, hi)).exp()
         return torch.where(log_value <= self.a, torch.zeros_like(share), share).to(self.loc.dtype)
 
     def _standardized(self, value: Tensor | float) -> Tensor:
@@ -203,8 +204,8 @@ class TruncatedLogNormal(TorchDistribution):
             return value.expected_log_law() if same else value.expected_log_law() - _kl(law, self)
         log_value = value.to(torch.float64).log()
         lo, t, hi = (self._standardized(end) for end in (self.a, log_value, self.b))
-        density = -0.5 * t.square() - special.LOG_SQRT_2PI - self.scale.to(torch.float64).log() - log_value
-        density = density - special.log_normal_cdf_difference(lo, hi)
+        density = -0.5 * t.square() - LOG_SQRT_2PI - self.scale.to(torch.float64).log() - log_value
+        density = density - truncated.log_normal_cdf_difference(lo, hi)
         slack = 4 * torch.finfo(value.dtype).eps * max(abs(self.a), abs(self.b), 1.0)
         inside = (log_value >= self.a - slack) & (log_value <= self.b + slack)
         return torch.where(inside, density, -torch.inf).to(self.loc.dtype)
@@ -214,7 +215,7 @@ class TruncatedLogNormal(TorchDistribution):
     def moment(self, order: float) -> Tensor:
         """E theta^order (Neklyudov et al. 2017, eq. 11), in float64."""
         loc, scale = self.loc.to(torch.float64), self.scale.to(torch.float64)
-        return special.truncated_log_normal_moment(loc, scale, self.a, self.b, order)
+        return truncated.truncated_log_normal_moment(loc, scale, self.a, self.b, order)
 
     @property
     def mean(self) -> Tensor:
@@ -259,7 +260,7 @@ def _kl(q: TruncatedLogNormal, p: TruncatedLogNormal) -> Tensor:
 
     def expected_log_density(d: TruncatedLogNormal) -> Tensor:
         loc, scale = d.loc.to(torch.float64), d.scale.to(torch.float64)
-        mass = special.log_normal_cdf_difference((d.a - loc) / scale, (d.b - loc) / scale)
+        mass = truncated.log_normal_cdf_difference((d.a - loc) / scale, (d.b - loc) / scale)
         return -0.5 * ((mean - loc).square() + variance) / scale.square() - scale.log() - mass
 
     return (expected_log_density(q) - expected_log_density(p)).to(q.loc.dtype)

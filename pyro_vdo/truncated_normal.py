@@ -1,6 +1,6 @@
 """A Normal cut to an interval, fast where it can be: KL from the uniform, moments and quantiles in float64.
 
-``special`` has functions that are right for every Normal and interval, at the price of some hundred torch calls. While
+``truncated`` has functions that are right for every Normal and interval, for the price of a hundred torch calls. While
 a network trains, its noise is nearly always in one of two easy cases. *Near*: the mean is inside of [a, b], or outside
 by less than 20 standard deviations; then the error function and its inverse have digits to spare. *Far*: it is outside
 by more, and the other end is out of reach; then the distance z from the nearer end has the density
@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vdo import special
+from pyro_vdo import truncated
 from pyro_vdo.fused import is_composable_only
+from pyro_vdo.special import LOG_SQRT_2PI, SQRT_HALF
 
 _NEAR = 20.0  # at x, near formulas lose a factor x^4 of precision in the variance: 2e5 of 1e16
 _OUT_OF_REACH = 40.0  # exp(-40) is below the precision of float64
@@ -65,7 +66,7 @@ def terms(mu: Tensor, sigma: Tensor, a: float, b: float) -> Terms:
     mu, sigma = mu.to(torch.float64), sigma.to(torch.float64)
     at = _locate(mu, sigma, a, b)
     if at is None:
-        return Terms(special.truncated_log_normal_kl(mu, sigma, a, b), *moments(mu, sigma, a, b))
+        return Terms(truncated.truncated_log_normal_kl(mu, sigma, a, b), *moments(mu, sigma, a, b))
     if at.all_near:
         return _near_terms(mu, sigma, at.lo, at.hi, at.width)
     one = torch.ones_like(mu)
@@ -77,7 +78,7 @@ def terms(mu: Tensor, sigma: Tensor, a: float, b: float) -> Terms:
 
 def _phi(x: Tensor) -> Tensor:
     """The Normal distribution function with all digits in its lower tail, unlike ``torch.special.ndtr``."""
-    value: Tensor = 0.5 * torch.special.erfc(-special.SQRT_HALF * x)
+    value: Tensor = 0.5 * torch.special.erfc(-SQRT_HALF * x)
     return value
 
 
@@ -87,7 +88,7 @@ def _near_terms(mu: Tensor, sigma: Tensor, lo: Tensor, hi: Tensor, width: Tensor
     mass = _phi(torch.where(upper, -lo, hi)) - _phi(torch.where(upper, -hi, lo))
     low, high = (torch.exp(-0.5 * end.square()) / (_SQRT_2PI * mass) for end in (lo, hi))
     shift, square = low - high, 1 + lo * low - hi * high
-    kl = width.log() - mass.log() - special.LOG_SQRT_2PI - 0.5 * square
+    kl = width.log() - mass.log() - LOG_SQRT_2PI - 0.5 * square
     return Terms(kl, mu + sigma * shift, sigma.square() * (square - shift.square()))
 
 
@@ -120,7 +121,7 @@ def quantile(u: Tensor, mu: Tensor, sigma: Tensor, a: float, b: float) -> Tensor
     mu, sigma, u = mu.to(torch.float64), sigma.to(torch.float64), u.to(torch.float64)
     at = _locate(mu, sigma, a, b)
     if at is None:
-        return special.truncated_normal_icdf(u, mu, sigma, a, b)
+        return truncated.truncated_normal_icdf(u, mu, sigma, a, b)
     if at.all_near:
         value = mu + sigma * _near_quantile(u, at.lo, at.hi)
     else:
@@ -167,16 +168,16 @@ def moments(mu: Tensor, sigma: Tensor, a: Tensor | float, b: Tensor | float) -> 
     Where mu is outside of [a, b] the distance z from the nearer end has the density exp(-x z - z^2/2), whose moments
     are differences of generalised Mills' ratios, so that nothing is lost however far outside mu is.
     """
-    mean, deviation, left, right, _ = special._in_float64(mu, sigma, a, b)
+    mean, deviation, left, right, _ = truncated._in_float64(mu, sigma, a, b)
     lo, hi, width = torch.broadcast_tensors(
         (left - mean) / deviation, (right - mean) / deviation, (right - left) / deviation
     )
     central = (lo < 0) & (hi > 0)
-    x = special._near_end(lo, hi, central)
-    mass, decay = special._tail_mass(x, width)
-    beyond = [special._mills(x + width, k) for k in range(3)]
-    first = (special._mills(x, 1) - decay * (beyond[1] + width * beyond[0])) / mass
-    second = special._mills(x, 2) - decay * (beyond[2] + 2 * width * beyond[1] + width.square() * beyond[0])
+    x = truncated._near_end(lo, hi, central)
+    mass, decay = truncated._tail_mass(x, width)
+    beyond = [truncated._mills(x + width, k) for k in range(3)]
+    first = (truncated._mills(x, 1) - decay * (beyond[1] + width * beyond[0])) / mass
+    second = truncated._mills(x, 2) - decay * (beyond[2] + 2 * width * beyond[1] + width.square() * beyond[0])
     tail_mean = torch.where(lo >= 0, left + deviation * first, right - deviation * first)
     one = torch.ones_like(lo)
     middle = _near_terms(mean, deviation, torch.where(central, lo, -one), torch.where(central, hi, one), width)

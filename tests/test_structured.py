@@ -14,7 +14,7 @@ import torch
 from torch.distributions import kl_divergence
 
 import pyro_vdo as vdo
-from pyro_vdo import special, truncated_normal
+from pyro_vdo import truncated, truncated_normal
 
 DATA = Path(__file__).parent / "data" / "log_uniform_kl.json"
 ROWS = json.loads(DATA.read_text())["truncated_log_normal_vs_truncated_log_uniform"]["rows"]
@@ -98,10 +98,10 @@ def test_fast_quantiles_and_gradients_are_those_of_the_general_function(mu):
     loc = torch.full((len(SIGMA), 1), mu, dtype=torch.float64, requires_grad=True)
     scale = torch.tensor(SIGMA, dtype=torch.float64).unsqueeze(1).requires_grad_()
     fast = truncated_normal.quantile(u, loc, scale, -20.0, 0.0)
-    general = special.truncated_normal_icdf(u, loc, scale, -20.0, 0.0)
+    general = truncated.truncated_normal_icdf(u, loc, scale, -20.0, 0.0)
     torch.testing.assert_close(fast, general, rtol=1e-12, atol=1e-13)
     kl = truncated_normal.terms(loc, scale, -20.0, 0.0).kl
-    pairs = [(fast, general), (kl, special.truncated_log_normal_kl(loc, scale, -20.0, 0.0))]
+    pairs = [(fast, general), (kl, truncated.truncated_log_normal_kl(loc, scale, -20.0, 0.0))]
     for value, reference in pairs:
         got = torch.autograd.grad(value.sum(), (loc, scale), retain_graph=True)
         expected = torch.autograd.grad(reference.sum(), (loc, scale), retain_graph=True)
