@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     threshold, choices = program.choose_threshold(*held_out)
     record = {
         "name": options.name,
-        "command": " ".join(["python", "examples/mnist.py", *options.command]),
+        "command": " ".join(["python", "examples/mnist.py", *portable(options.command)]),
         "recipe": recipe,
         "threshold": threshold,
         "choices": choices,
@@ -254,6 +254,12 @@ def augmentation(phase: dict[str, Any]) -> Any:
         return F.dropout(x, rate) if rate else x, y
 
     return transform
+
+
+def portable(arguments: list[str]) -> list[str]:
+    """The command line without the places of one machine."""
+    names = {"--data": "DIR", "--output": "OUT"}
+    return [names.get(before, argument) for before, argument in zip(["", *arguments], arguments, strict=False)]
 
 
 def versions() -> dict[str, str]:
