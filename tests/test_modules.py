@@ -378,5 +378,8 @@ def test_torch_compile_leaves_the_numbers_right() -> None:
     """It breaks its graph at Pyro's statements, so that nothing is won; compile the exported network."""
     plain = nn.Linear(3, 2)
     compiled = torch.compile(vdo.to_bayesian(plain, vdo.LogUniform()), backend="eager")
+    validation = torch.distributions.Distribution._validate_args
     with poutine.condition(data={"weight": plain.weight.detach()}):
         torch.testing.assert_close(compiled(X), plain(X))
+    # Dynamo switches validation off as it traces, and leaves it so.
+    torch.distributions.Distribution.set_default_validate_args(validation)
