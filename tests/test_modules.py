@@ -377,9 +377,9 @@ def test_reads_outside_of_a_call_do_not_touch_undrawn_weights() -> None:
 def test_torch_compile_leaves_the_numbers_right() -> None:
     """It breaks its graph at Pyro's statements, so that nothing is won; compile the exported network."""
     plain = nn.Linear(3, 2)
-    compiled = torch.compile(vdo.to_bayesian(plain, vdo.LogUniform()), backend="eager")
     validation = torch.distributions.Distribution._validate_args
+    compiled = torch.compile(vdo.to_bayesian(plain, vdo.LogUniform()), backend="eager")
     with poutine.condition(data={"weight": plain.weight.detach()}):
         torch.testing.assert_close(compiled(X), plain(X))
-    # Dynamo switches validation off as it traces, and leaves it so.
+    # Dynamo switches validation off and leaves it so.
     torch.distributions.Distribution.set_default_validate_args(validation)
