@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pyro
 import pytest
 import torch
+from hypothesis import settings
 
 SEED = 20201117
+
+# The same examples in every run: a failure is a fault of the change, and comes again. HYPOTHESIS_PROFILE=explore looks
+# for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore", max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(autouse=True)

@@ -69,7 +69,7 @@ def convolutional(draw: Any) -> tuple[nn.Module, tuple[int, ...]]:
     layers: list[nn.Module] = []
     for _ in range(draw(st.integers(1, 2))):
         new = draw(st.integers(1, 5))
-        padding, bias = draw(st.integers(0, 1)), draw(st.booleans())
+        padding, bias = draw(st.integers(0 if size > 3 else 1, 1)), draw(st.booleans())
         mode = draw(st.sampled_from(["zeros", "reflect"])) if padding else "zeros"
         layers.append(nn.Conv2d(channels, new, 3, padding=padding, bias=bias, padding_mode=mode))
         channels, size = new, size - 2 + 2 * padding
