@@ -33,8 +33,8 @@ SIZES = (64, 300, 100, 10)
 BATCH = 100
 EPOCHS = 700
 LEARNING_RATE = 3e-3
-# 1,100 images say little about 50,200 weights, and the whole KL leaves too few of them. Mean error of three folds of the
-# training and validation parts: 1.24 % at 39x with a tenth of the KL, 0.95 % of the ordinary network.
+# 1,100 images say little about 50,200 weights, and the whole KL leaves too few of them. Mean error of three folds of
+# the training and validation parts: 1.24 % at 39x with a tenth of the KL, 0.95 % of the ordinary network.
 KL_WEIGHT = 0.1
 
 Part = tuple[Tensor, Tensor]
