@@ -409,7 +409,8 @@ def normal_log_uniform_kl(loc: Tensor, scale: Tensor) -> Tensor:
     """
     (loc, scale), dtype = working(loc, scale)
     loc, scale = torch.broadcast_tensors(loc, scale)
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # a trace keeps the forward pass of a Function and loses its backward pass
+    # A trace keeps the forward pass of a Function and loses its backward pass.
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         value, dloc, dscale = (term.detach() for term in _composed_terms(loc, scale))
         return (value + dloc * (loc - loc.detach()) + dscale * (scale - scale.detach())).to(dtype)
     with_gradient = torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad)
