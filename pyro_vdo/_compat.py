@@ -6,8 +6,8 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Set
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.infer.autoguide.initialization
@@ -87,14 +87,37 @@ def _param_message(value: Tensor) -> Tensor:
     return value
 
 
-def forget_parameters(owned: set[int], before: set[str]) -> None:
+class StoreEntry(NamedTuple):
+    """A parameter in Pyro's store."""
+
+    name: str
+    value: Tensor  # unconstrained
+    constraint: Any
+    owner: nn.Module | None  # the module that has claimed the name
+
+
+def take_parameters(owned: set[int], before: Collection[str]) -> list[StoreEntry]:
     """Take the parameters with an ``id`` in ``owned`` out of Pyro's store, where their name is not in ``before``."""
     store = pyro.get_param_store()
-    for name in [name for name, param in store.named_parameters() if id(param) in owned and name not in before]:
+    names = [name for name, param in store.named_parameters() if id(param) in owned and name not in before]
+    entries = []
+    for name in names:
         param = store._params.pop(name)
-        store._constraints.pop(name, None)
+        entries.append(StoreEntry(name, param, store._constraints.pop(name, None), _OWNERS.pop(name, None)))
         if store._param_to_name.get(param) in (name, None):
             store._param_to_name.pop(param, None)
+    return entries
+
+
+def put_parameters(entries: Iterable[StoreEntry]) -> None:
+    """Put back what :func:`take_parameters` took."""
+    store = pyro.get_param_store()
+    for name, value, constraint, owner in entries:
+        store._params[name] = value
+        store._param_to_name[value] = name
+        store._constraints[name] = constraint
+        if owner is not None:
+            _OWNERS[name] = owner
 
 
 def is_compiled(loss: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
@@ -59,44 +58,6 @@ def preserved_random_state() -> Iterator[None]:
     finally:
         set_random_state(state)
 
-
-class Turns:
-    """Lets runs in several threads take turns at Pyro and torch, whose handlers and random states are global.
-
-    A run with a seed has a random stream of its own, which is put in place at its turn.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._owner: object | None = None
-        self._states: dict[object | None, dict[str, Any]] = {}
-
-    @contextmanager
-    def __call__(self, owner: object | None) -> Iterator[None]:
-        with self._lock:
-            self._give(owner)
-            yield
-
-    def open(self, owner: object, seed: int) -> None:
-        """Give ``owner`` a stream of its own that starts at ``seed``."""
-        with self._lock:
-            self._states[owner] = seeded_state(seed)
-
-    def close(self, owner: object) -> None:
-        """Take the stream of ``owner`` away and put the global state back."""
-        with self._lock:
-            if self._owner is owner:
-                self._give(None)
-            self._states.pop(owner, None)
-
-    def _give(self, owner: object | None) -> None:
-        if self._owner is not owner:
-            self._states[self._owner] = random_state()
-            set_random_state(self._states.pop(owner))
-            self._owner = owner
-
-
-TURNS = Turns()
 
 # --------------------------------------------------------------------------- objects with a state
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -22,8 +21,9 @@ from pyro_vdo.handlers import scale_kl
 from pyro_vdo.history import History
 from pyro_vdo.objective import Batch, DataTerm, NumericalError
 from pyro_vdo.optimizers import make_optimizer
-from pyro_vdo.reproducible import TURNS, Objects, called, preserved_random_state
+from pyro_vdo.reproducible import Objects, called, preserved_random_state
 from pyro_vdo.resume import Resumable, Settings
+from pyro_vdo.turns import TURNS
 
 
 class Run(Resumable):
@@ -80,19 +80,15 @@ class Run(Resumable):
 
     @contextmanager
     def _session(self) -> Iterator[Callable[[], Any]]:
-        """Own random stream while it lasts; Pyro's parameter store as it was found afterwards."""
-        owner = None
-        before = set(pyro.get_param_store().keys())
-        if self.settings.seed is not None:
-            TURNS.open(owner := self, self.settings.seed)
+        """A stage of its own while it lasts: random stream and entries in Pyro's parameter store."""
+        stage = TURNS.open(self.settings.seed, self._own_parameters)
         try:
-            yield lambda: TURNS(owner)
+            yield lambda: TURNS(stage)
         finally:
-            with TURNS(owner):
-                own = {id(p) for module in self.objects.modules().values() for p in module.parameters()}
-                _compat.forget_parameters(own, before)
-            if owner is not None:
-                TURNS.close(owner)
+            TURNS.close(stage)
+
+    def _own_parameters(self) -> set[int]:
+        return {id(param) for module in self.objects.modules().values() for param in module.parameters()}
 
     def _prepare(self) -> None:
         for module in self.objects.modules().values():

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import random
+import sys
 import threading
 
 import numpy as np
@@ -421,18 +422,53 @@ def test_without_a_seed_it_draws_from_the_global_state() -> None:
 
 
 def test_two_trainings_in_two_threads_do_not_disturb_each_other() -> None:
-    alone = [Case(), Case()]
+    alone, together, order = [Case(), Case()], [Case(), Case()], []
     for at, case in enumerate(alone):
         case.fit(seed=at, epochs=6)
-    together = [Case(), Case()]
     before = global_state()
-    threads = [threading.Thread(target=case.fit, kwargs={"seed": at, "epochs": 6}) for at, case in enumerate(together)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+
+    def train(at: int) -> None:
+        together[at].fit(seed=at, epochs=6, callbacks=[lambda run: order.append(at)])
+
+    threads = [threading.Thread(target=train, args=(at,)) for at in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(order) == [0] * 6 + [1] * 6
     assert all(same(a.state(), b.state()) for a, b in zip(alone, together, strict=True))
     assert global_state() == before
+
+
+@pytest.mark.parametrize("seed", [4, None])
+def test_turns_that_change_with_every_epoch(seed: int | None) -> None:
+    """Deterministically what threads do by chance: the turn of one run goes to another and back."""
+    alone, nested = [Case(), Case()], [Case(), Case()]
+    torch.manual_seed(0)
+    for case, own in zip(alone, (3, seed), strict=True):
+        case.fit(seed=own, epochs=3)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    before = sorted(pyro.get_param_store().keys())
+    names, seen = [], []
+
+    def other(run: vdo.Run) -> None:
+        names.append(sorted(pyro.get_param_store().keys()))
+        if run.epoch == 2:
+            nested[1].fit(seed=seed, epochs=3, callbacks=[lambda _: seen.append(len(pyro.get_param_store()))])
+        names.append(sorted(pyro.get_param_store().keys()))
+
+    nested[0].fit(seed=3, epochs=3, callbacks=[other])
+    assert all(same(a.state(), b.state()) for a, b in zip(alone, nested, strict=True))
+    assert all(one == names[0] and len(one) > len(before) for one in names)
+    assert set(seen) == {len(names[0])}
+    assert torch.equal(torch.rand(3), drawn)
+    assert sorted(pyro.get_param_store().keys()) == before
 
 
 def test_nothing_is_kept_from_step_to_step() -> None:
