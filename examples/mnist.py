@@ -49,13 +49,14 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     # Each phase: epochs, lr; schedules as [[fraction of the phase, value], ...]: "lr_factor", "kl", and "prune", the
     # log alpha at which weights are set to zero for good from the first fraction on; "clip" (log alpha, for the pass
-    # only); "input_dropout"; "shift" (pixels); "clip_grad"; "shrink": true to drop dead units before the phase.
+    # only); "noise_lr" (of the noise on units); "input_dropout"; "shift" (pixels); "clip_grad"; "shrink": true to drop dead units before the phase.
     "phases": [{"name": "train", "epochs": 60, "lr": 3e-3, "lr_factor": [[0.2, 1], [1, 0]], "kl": [[0, 0], [0.2, 1]]}],
 }
 PHASE_KEYS = {
     "name",
     "epochs",
     "lr",
+    "noise_lr",
     "lr_factor",
     "kl",
     "prune",
@@ -169,6 +170,7 @@ class Program:
             vdo.TensorBatches(x, y, batch_size=recipe["batch_size"], transform=augmentation(phase)),
             epochs=epochs,
             lr=phase["lr"],
+            param_options=lambda name: {"lr": phase["noise_lr"]} if "noise" in name and "noise_lr" in phase else {},
             lr_schedule=schedule(phase.get("lr_factor", [[0, 1]]), epochs),
             kl_weight=schedule(phase.get("kl", [[0, 1]]), epochs),
             prune=pruning(phase["prune"], epochs) if "prune" in phase else None,

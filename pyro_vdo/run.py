@@ -24,6 +24,7 @@ from pyro_vdo.optimizers import make_optimizer
 from pyro_vdo.reproducible import Objects, called, preserved_random_state
 from pyro_vdo.resume import Resumable, Settings
 from pyro_vdo.turns import TURNS
+from pyro_vdo.units import unit_masks
 
 
 class Run(Resumable):
@@ -292,10 +293,14 @@ class Run(Resumable):
     def _counts(self) -> dict[str, Any]:
         if not hasattr(self.guide, "posteriors"):
             return {}
+        masks = unit_masks(self.guide)
+        units = {f"units_{name}": int(mask.sum()) for name, mask in masks.items()}
         alphas = [q.log_alpha for q in self.guide.posteriors().values() if hasattr(q, "log_alpha")]
+        if units and not alphas:
+            return units
         weights = sum(alpha.numel() for alpha in alphas)
         kept = sum(int((alpha < self.settings.threshold).sum()) for alpha in alphas)
-        return {"kept": kept, "weights": weights, "compression": weights / kept if kept else math.inf}
+        return units | {"kept": kept, "weights": weights, "compression": weights / kept if kept else math.inf}
 
     def _validated(self) -> dict[str, float]:
         validate = self.settings.validate
@@ -344,6 +349,8 @@ class Run(Resumable):
         shown = {"loss": f"{row['loss']:.4g}", "data": f"{row['nll']:.4g}", "KL": f"{row['kl']:.4g}"}
         if "kept" in row:
             shown["zero"] = f"{100 * (1 - row['kept'] / max(row['weights'], 1)):.1f}%"
+        if units := [str(value) for key, value in row.items() if key.startswith("units_")]:
+            shown["units"] = "-".join(units)
         shown |= {key: f"{value:.4g}" for key, value in row.items() if key.startswith("val")}
         bar.set_postfix(shown, refresh=True)
 

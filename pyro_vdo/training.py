@@ -86,7 +86,8 @@ def fit(
     :param seed: gives the run a random stream of its own and leaves the global random state as it was; without it the
         run draws from the global state, as torch functions do.
     :returns: the history: epoch, loss and nll (means over the epoch, in nats for the whole data, as the ELBO), kl
-        (unweighted, at the end of the epoch), kl_weight, lr, kept, weights, compression, seconds, and val_* columns.
+        (unweighted, at the end of the epoch), kl_weight, lr, kept, weights, compression, units_* (number of units with
+        a signal-to-noise ratio >= 1, for each site of noise on units), seconds, and val_* columns.
     :raises NumericalError: where data, loss or a gradient are not finite, before a parameter is changed by it.
     :raises CheckpointError: for a checkpoint that is damaged, belongs to another run or cannot be written.
     :raises ValueError: for arguments and data that make no sense; the message names them.

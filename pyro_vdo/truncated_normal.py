@@ -10,13 +10,15 @@ exp(-x z - z^2 / 2) on the whole half line, x > 20, and asymptotic series in 1 /
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from pyro_vdo import truncated
-from pyro_vdo.fused import is_composable_only
+from pyro_vdo.fused import is_composable_only, unrepeated
 from pyro_vdo.special import LOG_SQRT_2PI, SQRT_HALF
 
 _NEAR = 20.0  # at x, near formulas lose a factor x^4 of precision in the variance: 2e5 of 1e16
@@ -118,43 +120,83 @@ def quantile(u: Tensor, mu: Tensor, sigma: Tensor, a: float, b: float) -> Tensor
 
     :param u: probabilities, broadcastable against the others.
     """
-    mu, sigma, u = mu.to(torch.float64), sigma.to(torch.float64), u.to(torch.float64)
-    at = _locate(mu, sigma, a, b)
+    mu, sigma, u = unrepeated(mu).to(torch.float64), unrepeated(sigma).to(torch.float64), u.to(torch.float64)
+    at = None if u.requires_grad or is_composable_only(u) else _locate(mu, sigma, a, b)
     if at is None:
         return truncated.truncated_normal_icdf(u, mu, sigma, a, b)
-    if at.all_near:
-        value = mu + sigma * _near_quantile(u, at.lo, at.hi)
-    else:
+    result: Tensor = _Quantile.apply(u, mu, sigma, at, a, b)
+    return result
+
+
+class _Quantile(Function):
+    """The quantile q of share u, whose derivatives follow from u (Phi(hi) - Phi(lo)) = Phi(t) - Phi(lo).
+
+    With t = (q - mu) / sigma, P = (1 - u) phi(lo) / phi(t) and Q = u phi(hi) / phi(t) they are
+
+        dq/dmu = 1 - P - Q,    dq/dsigma = t - lo P - hi Q.
+
+    Far from the interval 1 - P is close to 0, and P is a ratio of two of Mills' ratios; Q = 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, mu: Tensor, sigma: Tensor, at: _Position, a: float, b: float) -> Tensor:
         one = torch.ones_like(mu)
-        lo, hi = torch.where(at.near, at.lo, -one), torch.where(at.near, at.hi, one)
-        value = mu + sigma * _near_quantile(u, lo, hi)
-        value = torch.where(at.near, value, _far_quantile(u, sigma, at, a, b))
-    # Rounding may step over an end; that must not stop the gradient.
-    return value + (value.clamp(a, b) - value).detach()
+        lo, hi = (at.lo, at.hi) if at.all_near else (torch.where(at.near, at.lo, -one), torch.where(at.near, at.hi, one))
+        t = _near_quantile(u, lo, hi)
+        value = torch.addcmul(mu, sigma, t)
+        slopes: tuple[Tensor, ...] = ()
+        if any(ctx.needs_input_grad):
+            half = t.square().mul_(0.5)
+            p = (half - 0.5 * lo.square()).exp_().mul_(1 - u)
+            q = (half - 0.5 * hi.square()).exp_().mul_(u)
+            slopes = 1 - p - q, t - lo * p - hi * q
+        if not at.all_near:
+            far = _far_quantile(u, sigma, at, a, b)
+            value = torch.where(at.near, value, far.value)
+            slopes = tuple(torch.where(at.near, *pair) for pair in zip(slopes, far[1:], strict=False))
+        ctx.save_for_backward(*slopes)
+        ctx.shapes = mu.shape, sigma.shape
+        return value.clamp_(a, b)  # rounding may step over an end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        d_mu, d_sigma = (grad * slope for slope in ctx.saved_tensors)
+        mu, sigma = ctx.shapes
+        return None, d_mu.sum_to_size(mu), d_sigma.sum_to_size(sigma), None, None, None
 
 
 def _near_quantile(u: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     # From the side where the distribution function is small: near 1 it has no digits left.
     below = torch.lerp(_phi(lo), _phi(hi), u)
     beyond = torch.lerp(_phi(-lo), _phi(-hi), u)
-    lower = below < beyond
-    t = torch.special.ndtri(torch.where(lower, below, beyond).clamp(min=1e-300))
-    return torch.where(lower, t, -t)
+    t = torch.special.ndtri(torch.minimum(below, beyond).clamp_(min=1e-300))
+    return t.copysign_(below - beyond)
 
 
-def _far_quantile(u: Tensor, sigma: Tensor, at: _Position, a: float, b: float) -> Tensor:
+class _Far(NamedTuple):
+    """A quantile and its derivatives in mu and sigma."""
+
+    value: Tensor
+    d_mu: Tensor
+    d_sigma: Tensor
+
+
+def _far_quantile(u: Tensor, sigma: Tensor, at: _Position, a: float, b: float) -> _Far:
     """Solves survival(z) = exp(-x z - z^2/2) M(x + z) / M(x) = s for the distance z from the nearer end."""
     below = at.lo > 0
     x = torch.where(at.near, torch.full_like(at.lo, _NEAR), torch.where(below, at.lo, -at.hi))
     exponent = -torch.where(below, 1 - u, u).clamp(min=1e-300).log()
     log_m0 = (_half_line_moment(x.reciprocal(), 0) * x).log()
-    z = torch.zeros_like(exponent)
+    z, ratio = torch.zeros_like(exponent), torch.zeros_like(exponent)
     for _ in range(6):  # each step shrinks the error by more than x^2 = 400
         end = x + z
         ratio = (_mills_times(end) / end * x).log() - log_m0
         height = exponent + ratio
         z = 2 * height / (x + (x.square() + 2 * height).sqrt())
-    return torch.where(below, a + sigma * z, b - sigma * z)
+    sign = torch.where(below, 1.0, -1.0)
+    rest = -torch.expm1(ratio)  # 1 - P, without cancellation
+    return _Far(torch.where(below, a, b) + sign * sigma * z, rest, sign * (x * rest + z))
 
 
 def _mills_times(x: Tensor) -> Tensor:

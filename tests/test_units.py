@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import Predictive
 from torch import nn
 
 import pyro_vdo as vdo
@@ -170,12 +170,6 @@ def test_choice_of_layers():
         vdo.UnitNoise(0)
 
 
-def train(model, guide, x, y, steps, lr):
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": lr}), Trace_ELBO())
-    for _ in range(steps):
-        svi.step(x, y)
-
-
 def test_structured_pruning_end_to_end():
     """Half of the inputs carry nothing: their noise takes over, and what is exported has lost them."""
     torch.manual_seed(0)
@@ -186,7 +180,10 @@ def test_structured_pruning_end_to_end():
     bayesian = vdo.to_bayesian(noisy, {vdo.UnitNoise: vdo.TruncatedLogUniform()})
     model = classifier(bayesian)
     guide = vdo.AutoFactorizedNormal(model)
-    train(model, guide, x, y, 500, 0.03)
+    history = vdo.fit(model, guide, [(x, y)], epochs=500, lr=0.03, progress=False)
+    assert history[0]["units_0.noise_in.weight"] == 6
+    assert history[-1]["units_0.noise_in.weight"] == 2
+    assert "kept" not in history[0]  # no weight has a posterior
     kept = vdo.unit_masks(guide)["0.noise_in.weight"]
     assert kept.tolist() == [True, True, False, False, False, False]
     scales = vdo.unit_scales(guide)["0.noise_in.weight"]
