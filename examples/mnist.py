@@ -49,7 +49,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     # Each phase: epochs, lr; schedules as [[fraction of the phase, value], ...]: "lr_factor", "kl", and "prune", the
     # log alpha at which weights are set to zero for good from the first fraction on; "clip" (log alpha, for the pass
-    # only); "noise_lr" (of the noise on units); "input_dropout"; "shift" (pixels); "clip_grad"; "shrink": true to drop dead units before the phase.
+    # only); "noise_lr" (of the noise on units); "input_dropout"; "shift" (pixels); "clip_grad"; "shrink": true to drop
+    # dead units before the phase.
     "phases": [{"name": "train", "epochs": 60, "lr": 3e-3, "lr_factor": [[0.2, 1], [1, 0]], "kl": [[0, 0], [0.2, 1]]}],
 }
 PHASE_KEYS = {

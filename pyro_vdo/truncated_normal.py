@@ -59,6 +59,14 @@ def _locate(mu: Tensor, sigma: Tensor, a: float, b: float) -> _Position | None:
     return _Position(lo, hi, width, near, all_near)
 
 
+def _near_ends(at: _Position) -> tuple[Tensor, Tensor]:
+    """The ends of the near intervals, and -1 and 1 for the far ones, whose near result nobody uses."""
+    if at.all_near:
+        return at.lo, at.hi
+    one = torch.ones_like(at.lo)
+    return torch.where(at.near, at.lo, -one), torch.where(at.near, at.hi, one)
+
+
 def terms(mu: Tensor, sigma: Tensor, a: float, b: float) -> Terms:
     """KL from the uniform, mean and variance of Normal(mu, sigma^2) cut to [a, b].
 
@@ -71,9 +79,7 @@ def terms(mu: Tensor, sigma: Tensor, a: float, b: float) -> Terms:
         return Terms(truncated.truncated_log_normal_kl(mu, sigma, a, b), *moments(mu, sigma, a, b))
     if at.all_near:
         return _near_terms(mu, sigma, at.lo, at.hi, at.width)
-    one = torch.ones_like(mu)
-    lo, hi = torch.where(at.near, at.lo, -one), torch.where(at.near, at.hi, one)
-    near = _near_terms(mu, sigma, lo, hi, at.width)
+    near = _near_terms(mu, sigma, *_near_ends(at), at.width)
     far = _far_terms(mu, sigma, at, a, b)
     return Terms(*(torch.where(at.near, *pair) for pair in zip(near, far, strict=True)))
 
@@ -140,8 +146,7 @@ class _Quantile(Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, mu: Tensor, sigma: Tensor, at: _Position, a: float, b: float) -> Tensor:
-        one = torch.ones_like(mu)
-        lo, hi = (at.lo, at.hi) if at.all_near else (torch.where(at.near, at.lo, -one), torch.where(at.near, at.hi, one))
+        lo, hi = _near_ends(at)
         t = _near_quantile(u, lo, hi)
         value = torch.addcmul(mu, sigma, t)
         slopes: tuple[Tensor, ...] = ()
