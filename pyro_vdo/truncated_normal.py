@@ -176,7 +176,8 @@ def _near_quantile(u: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     below = torch.lerp(_phi(lo), _phi(hi), u)
     beyond = torch.lerp(_phi(-lo), _phi(-hi), u)
     t = torch.special.ndtri(torch.minimum(below, beyond).clamp_(min=1e-300))
-    return t.copysign_(below - beyond)
+    signed: Tensor = t.copysign_(below - beyond)
+    return signed
 
 
 class _Far(NamedTuple):
