@@ -33,6 +33,9 @@ def verify(record: dict[str, Any], path: Path, x: Tensor, y: Tensor) -> list[str
         return [str(failure)]
     exported, problems = record["exported"], []
     nonzero, measured = count_weights(net), error(net, x, y)
+    shapes = {name: list(value.shape) for name, value in net.state_dict().items()}
+    if shapes != exported["shapes"]:
+        problems.append(f"the shapes are {shapes}, the record says {exported['shapes']}")
     if nonzero != exported["nonzero_weights"]:
         problems.append(f"{nonzero:,} weights are not zero, the record says {exported['nonzero_weights']:,}")
     # One image may fall on the other side where sums are rounded in another order.
@@ -69,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         problems = verify(record, path.with_name(record["exported"]["file"]), x, y)
         failed += bool(problems)
         compression = f"{record['compression']:.1f}x, " if "compression" in record else ""
-        summary = f"{compression}{record['exported']['test_error']:.2f} % errors"
+        units = "-".join(str(count) for count in record["units"].values()) + ", " if "units" in record else ""
+        summary = f"{units}{compression}{record['exported']['test_error']:.2f} % errors"
         print(f"{path.stem}: {summary}: {'; '.join(problems) if problems else 'verified'}")
     return 1 if failed else 0
 

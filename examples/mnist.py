@@ -20,6 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
@@ -99,6 +104,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     record |= program.finish(threshold, *load_split(options.data, "test"), output / f"{options.name}.safetensors")
     record["history"] = history
+    draw(program, options.name, output)
     write_atomically(target, (json.dumps(record, indent=1) + "\n").encode())
     for leftover in output.glob(f"{options.name}.phase*"):
         leftover.unlink()
@@ -221,6 +227,8 @@ class Program:
                 for site, size in self.sizes.items()
             ]
             result |= {"weights": weights, "kept": table.kept, "compression": weights / max(table.kept, 1)}
+        else:
+            result["units"] = {site: int(mask.sum()) for site, mask in vdo.unit_masks(guide).items()}
         form = "compact" if self.recipe["structured"] else "compact+sparse"
         small = vdo.export(net, guide, form, threshold=threshold, example_inputs=x[:2])
         vdo.save(small, path)
@@ -259,6 +267,18 @@ def augmentation(phase: dict[str, Any]) -> Any:
     return transform
 
 
+def draw(program: Program, name: str, output: Path) -> None:
+    """The first layer's filters and a patch of a dense layer, with their masks, where weights have a posterior."""
+    matrices = [site for site, q in program.guide.posteriors().items() if q.loc.dim() == 2]
+    if not matrices:
+        return
+    vdo.plots.plot_filters(program.guide, threshold=min(program.thresholds))
+    plt.savefig(output / f"{name}-filters.png", dpi=120)
+    vdo.plots.plot_patch(program.guide, site=matrices[0], threshold=min(program.thresholds))
+    plt.savefig(output / f"{name}-patch.png", dpi=120)
+    plt.close("all")
+
+
 def portable(arguments: list[str]) -> list[str]:
     """The command line without the places of one machine."""
     names = {"--data": "DIR", "--output": "OUT"}
@@ -277,6 +297,8 @@ def report(record: dict[str, Any]) -> None:
         print(f"{layer['site']:>12}  {layer['kept']:>7,} of {layer['weights']:>7,}  ({layer['zero %']:.2f}% zero)")
     if "compression" in record:
         print(f"compression {record['compression']:.1f}x at log alpha < {record['threshold']:g}")
+    if "units" in record:
+        print("units kept: " + "-".join(str(count) for count in record["units"].values()))
     print("test error: " + ", ".join(f"{name} {value:.2f}%" for name, value in record["test_error"].items()))
 
 

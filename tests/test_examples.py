@@ -92,10 +92,8 @@ def test_mnist_program_and_the_verifier(
     assert record["weights"] == 784 * 300 + 300 * 100 + 100 * 10
     assert set(record["test_error"]) == {"pruned mean", "unpruned mean", "average of samples"}
     assert record["exported"]["nonzero_weights"] <= record["kept"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "lenet-300-100-seed1.json",
-        "lenet-300-100-seed1.safetensors",
-    ]
+    endings = ("-filters.png", "-patch.png", ".json", ".safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"lenet-300-100-seed1{ending}" for ending in endings]
     with pytest.raises(SystemExit, match="the run is finished"):
         run_mnist(digits_as_mnist, tmp_path, "--network", "lenet-300-100", "--seed", "1")
 
@@ -107,6 +105,7 @@ def test_mnist_program_and_the_verifier(
         lambda r: r["exported"].update(test_error=r["exported"]["test_error"] + 5),
         lambda r: r["exported"].update(nonzero_weights=r["exported"]["nonzero_weights"] - 1),
         lambda r: r.update(compression=r["compression"] * 1.01),
+        lambda r: r["exported"]["shapes"].update(more=[3]),
         lambda r: r["exported"].update(file="missing.safetensors"),
     ):
         wrong = json.loads(json.dumps(record))
@@ -148,6 +147,8 @@ def test_structured_network(digits_as_mnist: Path, tmp_path: Path) -> None:
     record = run_mnist(digits_as_mnist, tmp_path, *options)
     assert record["exported"]["form"] == "compact"
     assert record["recipe"]["structured"]
+    assert list(record["units"]) == ["1.noise_in.weight", "1.noise.weight", "3.noise.weight"]
+    assert record["units"]["3.noise.weight"] == record["history"][-1]["units_3.noise.weight"] <= 300
     net = vdo.load(tmp_path / record["exported"]["file"])
     assert not any(isinstance(layer, vdo.UnitNoise) for layer in net.modules())
 
