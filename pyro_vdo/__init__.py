@@ -15,6 +15,7 @@ from pyro_vdo.export import export, predict_three_ways, prune_module, reestimate
 from pyro_vdo.gaussian_dropout import AutoGaussianDropout
 from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, init_to_pretrained, register_posterior
 from pyro_vdo.handlers import local_reparameterization, scale_kl
+from pyro_vdo.hierarchical import HierarchicalNormal, ScaledNormal
 from pyro_vdo.history import EarlyStop, History
 from pyro_vdo.joint_optim import JointOptim
 from pyro_vdo.local_reparam import sample_linear, sample_normal
@@ -69,6 +70,7 @@ __all__ = [
     "GaussianDropout",
     "GaussianDropoutNormal",
     "GaussianWeight",
+    "HierarchicalNormal",
     "History",
     "Horseshoe",
     "ImproperPriorError",
@@ -80,6 +82,7 @@ __all__ = [
     "ReuseWarning",
     "Run",
     "ScaleMixtureNormal",
+    "ScaledNormal",
     "SitePosterior",
     "SparsityTable",
     "TensorBatches",

@@ -17,6 +17,7 @@ from pyro_vdo import relevance as relevance_of
 from pyro_vdo.chains import shrink_chain
 from pyro_vdo.compact import compact_module, insert_selects
 from pyro_vdo.dependency import ExportError
+from pyro_vdo.hierarchical import PriorScales
 from pyro_vdo.modules import bayesian_weights, plain_class
 from pyro_vdo.sparse_layers import sparsify
 from pyro_vdo.units import fold_unit_noise, unit_posteriors, unit_scales
@@ -246,6 +247,8 @@ def _make_plain(module: PyroModule, path: str, values: Values) -> None:
         name: p for name, p in module._parameters.items() if name.removesuffix("_unconstrained") not in constrained
     }
     module._parameters.clear()
+    for name in [name for name, child in module._modules.items() if isinstance(child, PriorScales)]:
+        del module._modules[name]
     for name in sampled:
         like = module._buffers.pop(name, None)
         value = values[f"{path}.{name}" if path else name]

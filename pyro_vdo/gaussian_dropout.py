@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vdo.groups import Group, check_group, group_shape
+from pyro_vdo.groups import Group, check_group, group_shape, resolve_group
 from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, _is_real, _registered, base_prior
 from pyro_vdo.multiplicative import GaussianDropoutNormal
 from pyro_vdo.variables import ReusePolicy
@@ -63,7 +63,7 @@ class AutoGaussianDropout(AutoFactorizedNormal):
     :param alpha: variance of the noise, fixed or to start from, > 0; see :func:`pyro_vdo.dropout.alpha_of_rate`.
     :param learn_alpha: adapt alpha by gradient.
     :param group: what shares an alpha: ``"weight"``, ``"input"``, ``"output"``, ``"layer"``, or dimensions, see
-        :func:`pyro_vdo.groups.shared_dims`; or a mapping from site names to these, ``"weight"`` for all others.
+        :func:`pyro_vdo.groups.resolve_group`; or a mapping from site names to these, ``"weight"`` for all others.
     :param max_alpha: upper bound of a learned alpha, to which it is projected at each step; the paper uses 1, beyond
         which its polynomial is not meant to be used. Sparsity needs None, no bound.
     :param options: as for :class:`AutoFactorizedNormal`; ``init_scale`` is for sites with a constrained support.
@@ -100,7 +100,8 @@ class AutoGaussianDropout(AutoFactorizedNormal):
             return super()._make_site(name, fn, loc, scale)
         is_noise = getattr(fn, "is_unit_noise", False)
         group = self.group.get(name, "weight" if is_noise else self.group.get("", "weight"))
-        shape = loc.shape[: loc.dim() - fn.event_dim] + group_shape(group, loc.shape[loc.dim() - fn.event_dim :])
+        batch, weight = loc.shape[: loc.dim() - fn.event_dim], loc.shape[loc.dim() - fn.event_dim :]
+        shape = batch + group_shape(resolve_group(group, getattr(fn, "layout", None), weight), weight)
         return DropoutPosterior(loc, self.alpha, shape, learn_alpha=self.learn_alpha, learn_loc=not is_noise)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

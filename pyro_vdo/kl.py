@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal, register_kl
 
 from pyro_vdo.groups import group_mean
+from pyro_vdo.hierarchical import ScaledNormal
 from pyro_vdo.multiplicative import GaussianDropoutNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
 from pyro_vdo.scale_mixtures import NormalScaleMixture
@@ -62,13 +63,26 @@ def _normal_empirical_bayes(q: Normal, p: EmpiricalBayesNormal) -> Tensor:
     if p.group == "weight":
         ratio = q.loc / q.scale
         return 0.5 * torch.log1p(ratio * ratio)
-    log_scale = q.log_scale if isinstance(q, GaussianDropoutNormal) else q.scale.log()  # finite at theta = 0
+    log_scale = _log_scale(q)
     second, ndim, kept = q.loc.square() + q.scale.square(), p.weight_dim(q.loc.dim()), getattr(q, "kept", None)
     if kept is None:
         return 0.5 * group_mean(second, p.group, ndim).log() - log_scale
     share = group_mean(kept.to(second.dtype), p.group, ndim).clamp(min=1 / kept.numel())
     second = (group_mean(second * kept, p.group, ndim) / share).clamp(min=torch.finfo(second.dtype).tiny)
     return torch.where(kept, 0.5 * second.log() - log_scale, torch.zeros_like(second))
+
+
+def _log_scale(q: Normal) -> Tensor:
+    return q.log_scale if isinstance(q, GaussianDropoutNormal) else q.scale.log()  # finite at theta = 0
+
+
+@register_kl(Normal, ScaledNormal)
+def _normal_scaled_normal(q: Normal, p: ScaledNormal) -> Tensor:
+    """(mu^2 + sigma^2) / 2 s^2 - 1/2 + log s - log sigma, elementwise; 0 for pruned weights."""
+    ratio = (q.loc / p.scale).square() + (q.scale / p.scale).square()
+    kl = 0.5 * (ratio - 1) + p.scale.log() - _log_scale(q)
+    kept = getattr(q, "kept", None)
+    return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
 
 
 @register_kl(GaussianDropoutNormal, LogUniform)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vdo import _compat
+from pyro_vdo.declarations import Prior, WeightDeclaration
 from pyro_vdo.drawn import DrawnWeight
-from pyro_vdo.layout import weight_layout
+from pyro_vdo.hierarchical import HierarchicalNormal
 from pyro_vdo.units import UnitNoise
 from pyro_vdo.weights import Undrawn
 
@@ -35,94 +36,8 @@ LAYERS: tuple[type[nn.Module], ...] = (
     UnitNoise,
 )
 _FLAT_WEIGHTS = (nn.RNNBase, nn.RNNCellBase)
-#: what the dimensions of ``weight`` are called in ArviZ, by layer
-DIM_NAMES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("out", "in"),
-    nn.Conv1d: ("out", "in", "x"),
-    nn.Conv2d: ("out", "in", "y", "x"),
-    nn.Conv3d: ("out", "in", "z", "y", "x"),
-    nn.ConvTranspose1d: ("in", "out", "x"),
-    nn.ConvTranspose2d: ("in", "out", "y", "x"),
-    nn.ConvTranspose3d: ("in", "out", "z", "y", "x"),
-    nn.Embedding: ("token", "feature"),
-    nn.EmbeddingBag: ("token", "feature"),
-    nn.Bilinear: ("out", "in1", "in2"),
-}
 
-Priors = Distribution | Mapping[Any, Distribution]
-
-
-class WeightDeclaration:
-    """What ``PyroSample`` calls to get the prior of one weight: the prior, expanded to the weight's shape."""
-
-    def __init__(self, name: str, prior: Distribution) -> None:
-        self.attribute = name
-        self.prior = prior
-        self._known: Any = None
-
-    def __call__(self, module: Any) -> Any:
-        pretrained = _compat.get_buffer(module, self.attribute)
-        _check_plates(_compat.full_name(module, self.attribute))
-        if self._known is None or self._known.pretrained is not pretrained:  # another device or dtype
-            self._known = self._make(module, pretrained)
-        return self._known
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_known": None}
-
-    def _make(self, module: Any, pretrained: Tensor) -> Any:
-        prior = _move(self.prior, pretrained)
-        expanded = prior.expand(pretrained.shape)
-        expanded.like = pretrained
-        fn = expanded.to_event(pretrained.dim())
-        fn.pretrained = pretrained
-        fn.is_unit_noise = isinstance(module, UnitNoise)
-        fn.layout = weight_layout(module, self.attribute)
-        fn.dim_names = _dim_names(module, self.attribute, pretrained.dim())
-        return fn
-
-
-def _check_plates(name: str) -> None:
-    """A network that is called inside of the plate of the data has weights, and a KL, for each data point."""
-    for frame in _compat.data_plates():
-        advice = (
-            f"Call the network before the plate: logits = net(x); with pyro.plate('{frame.name}', ...): "
-            "pyro.sample(..., obs=y)."
-        )
-        full_size = getattr(frame, "full_size", None) or frame.size
-        if full_size != frame.size:
-            raise ValueError(
-                f"weight '{name}' is sampled inside of plate '{frame.name}', which subsamples {frame.size} of "
-                f"{full_size}: every data point would have a weight of its own, and the KL would be counted for each "
-                f"of the {full_size}. {advice}"
-            )
-        if frame.dim == -1:
-            warnings.warn(
-                f"weight '{name}' is sampled inside of plate '{frame.name}': every one of its {frame.size} elements "
-                f"has a weight, and a KL, of its own. {advice}",
-                UserWarning,
-                stacklevel=2,
-            )
-
-
-def _dim_names(module: nn.Module, attribute: str, count: int) -> tuple[str, ...]:
-    """Names of the dimensions of a parameter, as far as they are known: () or ``count`` names."""
-    kind = next((kind for kind in type(module).__mro__ if kind in DIM_NAMES), None)
-    if kind is None:
-        return ()
-    names = ("out",) if attribute == "bias" else DIM_NAMES[kind]
-    return names if len(names) == count else ()
-
-
-def _move(prior: Distribution, like: Tensor) -> Distribution:
-    """``prior`` with its parameters on the device and of the dtype of ``like``."""
-    moved = None
-    for name in prior.arg_constraints:
-        value = prior.__dict__.get(name)
-        if isinstance(value, Tensor) and (value.device != like.device or value.dtype != like.dtype):
-            moved = copy.copy(prior) if moved is None else moved
-            moved.__dict__[name] = value.to(like)
-    return prior if moved is None else moved
+Priors = Prior | Mapping[Any, Prior]
 
 
 def to_bayesian(
@@ -134,12 +49,12 @@ def to_bayesian(
 ) -> PyroModule:
     """A copy of ``net`` whose weights are latent sites with a prior, to be called inside of a Pyro model.
 
-    The copy is a ``PyroModule`` of the same structure and with the same ``state_dict`` keys; the values of the
-    converted weights stay in it as buffers, where guides start from them.
+    The copy is a ``PyroModule`` of the same structure and with the same ``state_dict`` keys (and those of scales that
+    are learned); the values of the converted weights stay in it as buffers, where guides start from them.
 
     :param net: any module.
-    :param prior: a prior over one weight, e.g. ``LogUniform()``, or a mapping to priors from parameter names
-        (``"0.weight"``), module names (``"0"``), layer types (``nn.Linear``), tried in this order.
+    :param prior: a prior over one weight, e.g. ``LogUniform()``, a :class:`HierarchicalNormal`, or a mapping to these
+        from parameter names (``"0.weight"``), module names (``"0"``), layer types (``nn.Linear``), tried in this order.
     :param where: which parameters: a list of parameter names, or a predicate ``(parameter name, module) -> bool`` over
         all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers).
     :param name: prefix of the site names, needed where one model calls several networks.
@@ -151,7 +66,7 @@ def to_bayesian(
         raise TypeError(f"to_bayesian: net must be a torch.nn.Module, not {type(net).__name__}")
     priors = prior if isinstance(prior, Mapping) else {nn.Module: prior}
     for key, value in priors.items():
-        if not isinstance(value, Distribution):
+        if not isinstance(value, Distribution | HierarchicalNormal):
             raise TypeError(
                 f"to_bayesian: the prior for {key!r} must be a distribution, e.g. LogUniform(), not {value!r}"
             )
@@ -163,17 +78,21 @@ def to_bayesian(
         _convert(bayesian.get_submodule(owner), attribute, weight_prior)
     for module in bayesian.modules():
         module.__class__ = _bayesian_class(type(module))
+    for full_name, weight_prior in chosen.items():
+        if isinstance(weight_prior, HierarchicalNormal):
+            owner, _, attribute = full_name.rpartition(".")
+            weight_prior.attach(bayesian.get_submodule(owner), attribute, net.get_parameter(full_name))
     _compat.set_root_name(bayesian, name)
     return bayesian  # type: ignore[no-any-return]
 
 
-def _convert(module: nn.Module, attribute: str, prior: Distribution) -> None:
+def _convert(module: nn.Module, attribute: str, prior: Prior) -> None:
     pretrained = module._parameters[attribute].detach().clone()  # type: ignore[union-attr]
     setattr(module, attribute, PyroSample(WeightDeclaration(attribute, prior)))
     _compat.set_buffer(module, attribute, pretrained)
 
 
-def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Distribution]) -> dict[str, Distribution]:
+def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str, Prior]:
     """Parameter name -> prior for every weight to convert, checked."""
     candidates = {
         f"{path}.{attribute}" if path else attribute: (path, module)
@@ -204,7 +123,9 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Distribution]) -> d
             )
         prior = _prior_for(full_name, path, module, priors)
         if prior is not None:
-            if tuple(prior.batch_shape) + tuple(prior.event_shape) not in ((), tuple(param.shape)):
+            if isinstance(prior, Distribution) and (
+                tuple(prior.batch_shape) + tuple(prior.event_shape) not in ((), tuple(param.shape))
+            ):
                 raise ValueError(
                     f"to_bayesian: the prior for '{full_name}' has shape {tuple(prior.batch_shape)}, the weight "
                     f"{tuple(param.shape)}; give the prior of one weight, without expand and to_event"
@@ -219,7 +140,7 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Distribution]) -> d
     return result
 
 
-def _check_keys(priors: Mapping[Any, Distribution], candidates: Iterable[str], net: nn.Module) -> None:
+def _check_keys(priors: Mapping[Any, Prior], candidates: Iterable[str], net: nn.Module) -> None:
     known = {*candidates, *(path for path, _ in net.named_modules())}
     unknown = [key for key in priors if isinstance(key, str) and key not in known]
     if unknown:
@@ -241,7 +162,7 @@ def _names(candidates: Mapping[str, tuple[str, nn.Module]], where: Any) -> list[
     return names
 
 
-def _prior_for(full_name: str, path: str, module: nn.Module, priors: Mapping[Any, Distribution]) -> Distribution | None:
+def _prior_for(full_name: str, path: str, module: nn.Module, priors: Mapping[Any, Prior]) -> Prior | None:
     for key in (full_name, path):
         if key in priors:
             return priors[key]

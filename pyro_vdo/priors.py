@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from pyro_vdo import _compat
 from pyro_vdo.drawn import PrunedDraw
-from pyro_vdo.groups import Group, check_group, group_mean
+from pyro_vdo.groups import Group, check_group, group_mean, resolve_group
+from pyro_vdo.layout import WeightLayout
 from pyro_vdo.weights import GaussianWeight, Undrawn, expected_log_prob
 
 KLKind = Literal["exact", "molchanov", "kingma"]
@@ -21,6 +23,17 @@ KL_KINDS: tuple[KLKind, ...] = ("exact", "molchanov", "kingma")
 # E log|w| = KL + log sigma - (gamma + log 2) / 2 (special.py) and E log q = -log sigma - (1 + log 2 pi) / 2: their sum
 # is KL + c, so that log p(w) = -log|w| + c makes the Monte Carlo average of log q - log p equal the registered KL.
 _LOG_UNIFORM_CONSTANT = -0.5 * (1 + math.log(2 * math.pi)) - 0.5 * (0.5772156649015329 + math.log(2))
+
+
+def moved(prior: Any, like: Tensor) -> Any:
+    """``prior`` with its parameters on the device and of the dtype of ``like``."""
+    result = None
+    for name in prior.arg_constraints:
+        value = prior.__dict__.get(name)
+        if isinstance(value, Tensor) and (value.device != like.device or value.dtype != like.dtype):
+            result = copy.copy(prior) if result is None else result
+            result.__dict__[name] = value.to(like)
+    return prior if result is None else result
 
 
 class ImproperPriorError(NotImplementedError):
@@ -149,7 +162,7 @@ class EmpiricalBayesNormal(WeightPrior):
     a larger group it is a Normal prior with a learned scale.
 
     :param group: what shares a lambda: ``"weight"`` (nothing), ``"input"``, ``"output"``, ``"layer"`` (one for all), or
-        the dimensions of the weight that tell groups apart, see :func:`pyro_vdo.groups.shared_dims`.
+        the dimensions of the weight that tell groups apart, see :func:`pyro_vdo.groups.resolve_group`.
     :raises ValueError: for an unknown group.
     """
 
@@ -171,6 +184,11 @@ class EmpiricalBayesNormal(WeightPrior):
         shape = torch.Size(batch_shape)
         known = self._weight_dim or len(self.batch_shape) or len(shape)
         return EmpiricalBayesNormal(self.group, batch_shape=shape, weight_dim=known)
+
+    def for_layout(self, layout: WeightLayout | None, shape: torch.Size) -> EmpiricalBayesNormal:
+        """The prior over the weight of a layer, which knows where its inputs and outputs are."""
+        group = resolve_group(self.group, layout, shape)
+        return EmpiricalBayesNormal(group, batch_shape=self.batch_shape, weight_dim=self._weight_dim)
 
     def weight_dim(self, ndim: int) -> int:
         """The number of rightmost dimensions that are the weight, of ``ndim``; those left of it are particles."""

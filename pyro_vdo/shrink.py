@@ -14,6 +14,7 @@ from pyro_vdo import _compat
 from pyro_vdo.compact import compact_module
 from pyro_vdo.dependency import ExportError
 from pyro_vdo.export import plain_module
+from pyro_vdo.hierarchical import HierarchicalNormal
 from pyro_vdo.modules import bayesian_weights, to_bayesian
 
 
@@ -71,6 +72,9 @@ def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
         cut = {"loc": part.loc, "log_scale": part.log_scale, "kept": _kept(guide, site)}
         values[site] = {key: value.detach()[rows][:, columns].clone() for key, value in cut.items()}
     priors = {local: _prior(net, local) for local in sites}
+    for local, prior in priors.items():
+        if isinstance(prior, HierarchicalNormal):
+            raise ExportError(f"shrink: the scale of the prior of '{local}', {prior}, would start anew")
     return Smaller(to_bayesian(small, priors, where=list(sites), name=_compat.root_name(net)), values)
 
 
