@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal, register_kl
 
+from pyro_vdo import fused
 from pyro_vdo.groups import group_mean
 from pyro_vdo.hierarchical import ScaledNormal
 from pyro_vdo.multiplicative import GaussianDropoutNormal
@@ -54,6 +55,18 @@ _KL_AT_ZERO = 0.6351814227307391  # (gamma + log 2) / 2, the limit of KL + log(a
 _LOG_UNIFORM_KLS = {"exact": normal_log_uniform_kl, "molchanov": _molchanov, "kingma": _kingma}
 
 
+def _half_log1p_square(ratio: Tensor) -> Tensor:
+    """log(1 + ratio^2) / 2, elementwise, also where the square overflows."""
+    square = ratio * ratio
+    if square.device.type == "cpu" and not fused.is_composable_only(square) and math.isfinite(square.detach().sum()):
+        kl: Tensor = 0.5 * torch.log1p(square)
+        return kl
+    limit = torch.finfo(ratio.dtype).max ** 0.25
+    inner, outer = ratio.clamp(-limit, limit), ratio.abs().clamp(min=limit) / limit
+    kl = 0.5 * torch.log1p(inner * inner) + outer.log()
+    return kl
+
+
 @register_kl(Normal, EmpiricalBayesNormal)
 def _normal_empirical_bayes(q: Normal, p: EmpiricalBayesNormal) -> Tensor:
     """log(1 + mu^2/sigma^2) / 2, elementwise (Kharitonov et al. 2018, eq. 7).
@@ -61,8 +74,7 @@ def _normal_empirical_bayes(q: Normal, p: EmpiricalBayesNormal) -> Tensor:
     Where weights share lambda^2 = mean E w^2 the elements are log lambda - log sigma; their sum over a group is its KL.
     """
     if p.group == "weight":
-        ratio = q.loc / q.scale
-        return 0.5 * torch.log1p(ratio * ratio)
+        return _half_log1p_square(q.loc / q.scale)
     log_scale = _log_scale(q)
     second, ndim, kept = q.loc.square() + q.scale.square(), p.weight_dim(q.loc.dim()), getattr(q, "kept", None)
     if kept is None:
@@ -73,7 +85,8 @@ def _normal_empirical_bayes(q: Normal, p: EmpiricalBayesNormal) -> Tensor:
 
 
 def _log_scale(q: Normal) -> Tensor:
-    return q.log_scale if isinstance(q, GaussianDropoutNormal) else q.scale.log()  # finite at theta = 0
+    log_scale: Tensor = q.log_scale if isinstance(q, GaussianDropoutNormal) else q.scale.log()
+    return log_scale  # finite at theta = 0 in the first case
 
 
 @register_kl(Normal, ScaledNormal)

@@ -10,8 +10,9 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
+from torch.distributions import Distribution
 
-from pyro_vdo import _compat
+from pyro_vdo import _compat, fused
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.groups import Group, check_group, group_mean, resolve_group
 from pyro_vdo.layout import WeightLayout
@@ -26,14 +27,22 @@ _LOG_UNIFORM_CONSTANT = -0.5 * (1 + math.log(2 * math.pi)) - 0.5 * (0.5772156649
 
 
 def moved(prior: Any, like: Tensor) -> Any:
-    """``prior`` with its parameters on the device and of the dtype of ``like``."""
-    result = None
-    for name in prior.arg_constraints:
-        value = prior.__dict__.get(name)
-        if isinstance(value, Tensor) and (value.device != like.device or value.dtype != like.dtype):
-            result = copy.copy(prior) if result is None else result
-            result.__dict__[name] = value.to(like)
-    return prior if result is None else result
+    """``prior`` with its parameters, and those of the distributions that it is made of, as ``like``: device, dtype."""
+    changed = {}
+    for name, value in prior.__dict__.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            new = value.to(like)
+        elif isinstance(value, Distribution):
+            new = moved(value, like)
+        else:
+            continue
+        if new is not value:
+            changed[name] = new
+    if not changed:
+        return prior
+    result = copy.copy(prior)
+    result.__dict__.update(changed)
+    return result
 
 
 class ImproperPriorError(NotImplementedError):
@@ -65,8 +74,8 @@ class WeightPrior(TorchDistribution):
             return expected_log_prob(self, value)
         if isinstance(value, PrunedDraw):  # a pruned weight is 0, where these densities may be infinite
             safe = torch.where(value.kept, value, torch.ones_like(value))
-            return self.log_density(safe) * value.kept
-        return self.log_density(value)
+            return self.log_density(fused.widened(safe)) * value.kept
+        return self.log_density(fused.widened(value))  # in half precision the sum over a weight overflows
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """Declare the rightmost dimensions dependent, as in Pyro."""
