@@ -46,8 +46,8 @@ class _Position(NamedTuple):
 
 
 def _locate(mu: Tensor, sigma: Tensor, a: float, b: float) -> _Position | None:
-    """The position, or None if some case is neither near nor far, or must not be looked at."""
-    if is_composable_only(mu, sigma):
+    """The position, or None if some case is neither near nor far, or must not be looked at, as on a GPU."""
+    if mu.device.type != "cpu" or is_composable_only(mu, sigma):
         return None
     lo, hi = (a - mu) / sigma, (b - mu) / sigma
     width = (b - a) / sigma
