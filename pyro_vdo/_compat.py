@@ -18,6 +18,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.ops import provenance
+from pyro.optim import PyroOptim
 from pyro.poutine import runtime
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -123,6 +124,11 @@ def put_parameters(entries: Iterable[StoreEntry]) -> None:
 def is_compiled(loss: Any) -> bool:
     """True for the ELBOs of Pyro that trace their first step and repeat it."""
     return isinstance(loss, _JIT_ELBOS)
+
+
+def make_optimizer(optim: PyroOptim, param: Tensor) -> Any:
+    """The torch optimizer, or the scheduler around one, that a Pyro optimizer makes for a parameter."""
+    return optim._get_optim(param)
 
 
 # --------------------------------------------------------------------------- modules

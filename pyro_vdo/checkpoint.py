@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from torch import Tensor
 MAGIC = b"PVDOCKP1"
 _DIGEST = 32
 _KEY = "pyro_vdo"
+_PLAIN = re.compile(r"[<>|=][?biufcSU]\d+")  # dtypes of numbers and text: nothing structured, nothing that is a pointer
+_MALFORMED = (SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, MemoryError)
 
 
 class CheckpointError(RuntimeError):
@@ -64,6 +68,8 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
+    if len(value) != (3 if "array" in value else 1):
+        raise CheckpointError(f"unknown entry {sorted(value)[:4]}")
     if "tensor" in value and value["tensor"] in tensors:
         return tensors[value["tensor"]]
     if "tuple" in value:
@@ -71,10 +77,10 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if "dict" in value:
         return {decode(key, tensors): decode(item, tensors) for key, item in value["dict"]}
     if "array" in value:
-        kind = np.dtype(value["array"])
-        if kind.hasobject:
-            raise CheckpointError("an array of objects is no data")
-        return np.frombuffer(bytes.fromhex(value["hex"]), dtype=kind).reshape(value["shape"]).copy()
+        if not _PLAIN.fullmatch(value["array"]):
+            raise CheckpointError(f"an array of {value['array'][:20]!r} is no data")
+        content = np.frombuffer(bytes.fromhex(value["hex"]), dtype=np.dtype(value["array"]))
+        return content.reshape([int(size) for size in value["shape"]]).copy()
     raise CheckpointError(f"unknown entry {sorted(value)[:4]}")
 
 
@@ -102,11 +108,31 @@ def from_bytes(data: bytes) -> Any:
         length = int.from_bytes(payload[:8], "little")
         structure = json.loads(payload[8 : 8 + length])["__metadata__"][_KEY]
         return decode(json.loads(structure), tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"its contents are malformed: {error}") from error
+    except CheckpointError:
+        raise
+    except _MALFORMED as error:
+        raise CheckpointError(f"its contents are malformed: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 # --------------------------------------------------------------------------- files
+
+
+def read_file(path: str | os.PathLike[str], max_bytes: int | None = None) -> bytes:
+    """The bytes of an ordinary file; pipes and devices, which may never end, are refused.
+
+    :raises OSError: as the system does, and for what is no ordinary file, or larger than ``max_bytes``.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no ordinary file")
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise OSError(f"it has {status.st_size} bytes, more than max_bytes={max_bytes}")
+        try:
+            return file.read(status.st_size)
+        except (MemoryError, OverflowError) as error:
+            raise OSError(f"it has {status.st_size} bytes, more than there is memory for") from error
 
 
 def write_atomically(path: Path, data: bytes, backup: Path | None = None) -> None:
@@ -186,7 +212,7 @@ class CheckpointFile:
         """
         path = self.path if self.path.exists() else self.previous  # killed between two renames
         try:
-            state = from_bytes(path.read_bytes())
+            state = from_bytes(read_file(path))
         except (OSError, CheckpointError) as error:
             remedy = "Delete it to start anew."
             if path == self.path and self.previous.exists():
@@ -202,7 +228,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     :raises CheckpointError: if the file is missing or damaged.
     """
     try:
-        return from_bytes(Path(path).read_bytes())
+        return from_bytes(read_file(path))
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
 

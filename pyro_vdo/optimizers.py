@@ -12,7 +12,9 @@ from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
+from pyro_vdo import _compat
 from pyro_vdo.checkpoint import CheckpointError
+from pyro_vdo.untrusted import check_optimizer, check_scheduler, guarded
 
 Options = Callable[[str], Mapping[str, Any]]
 
@@ -109,11 +111,13 @@ class TorchOptimizer:
         """
         self.prepare(params)
         assert self.optimizer is not None
-        try:
-            self.optimizer.load_state_dict(state["state"])
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"the state of the optimizer does not fit: {error}") from error
-        self._base = [float(value) for value in state["base"]]
+        base = state["base"]
+        numbers = isinstance(base, list) and all(isinstance(value, float | int) for value in base)
+        if not numbers or len(base) != len(self.optimizer.param_groups):
+            raise CheckpointError("the learning rates of the optimizer do not fit")
+        check_optimizer(self.optimizer, state["state"])
+        guarded("the optimizer", self.optimizer.load_state_dict, state["state"])
+        self._base = [float(value) for value in base]
 
 
 class PyroOptimizer:
@@ -175,9 +179,27 @@ class PyroOptimizer:
         return {"state": by_name, "base": {name: self._base.get(param) for name, param in params.items()}}
 
     def load(self, params: Mapping[str, Tensor], state: Any) -> None:
-        """Set what :meth:`state` has read."""
+        """Set what :meth:`state` has read.
+
+        :raises CheckpointError: if it does not fit the parameters.
+        """
         store = pyro.get_param_store()
+        for name, param in params.items():
+            self._check(param, state["state"].get(name), state["base"], name)
         saved = {store.param_name(p): state["state"].get(name) for name, p in params.items()}
         self.optimizer.set_state({name: value for name, value in saved.items() if value is not None})
         bases = {param: state["base"].get(name) for name, param in params.items()}
         self._base = {param: base for param, base in bases.items() if base is not None}
+
+    def _check(self, param: Tensor, saved: Any, base: Any, name: str) -> None:
+        if not isinstance(base, dict) or not isinstance(base.get(name), float | int | None):
+            raise CheckpointError(f"the learning rate of '{name}' is no number")
+        if saved is None:
+            return
+        each = _compat.make_optimizer(self.optimizer, param)
+        if hasattr(each, "optimizer"):  # a scheduler around an optimizer
+            if not isinstance(saved, dict) or saved.keys() != {"scheduler", "optimizer"}:
+                raise CheckpointError(f"the state of the scheduler of '{name}' does not fit")
+            check_scheduler(each, saved["scheduler"])
+            saved = saved["optimizer"]
+        check_optimizer(getattr(each, "optimizer", each), saved)

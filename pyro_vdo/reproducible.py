@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_vdo.checkpoint import CheckpointError
+from pyro_vdo.untrusted import check_generator, guarded
 
 # --------------------------------------------------------------------------- random states
 
@@ -174,34 +175,36 @@ class Objects:
             "extra": {name: value.state_dict() for name, value in self.extra.items()},
         }
 
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Set what :meth:`state` has read.
+    def check(self, state: Mapping[str, Any]) -> None:
+        """``state`` belongs to these objects; their buffers are left out.
 
-        :raises CheckpointError: if the objects are others.
+        :raises CheckpointError: if the objects are others, or a generator cannot be in such a state.
         """
-        load_buffers(self.buffers(), state["buffers"])
         generators = self.generators()
         _same_names("random generators", generators, state["generators"])
         for name, value in generators.items():
-            set_generator_state(value, state["generators"][name])
+            check_generator(name, value, state["generators"][name])
         _same_names("objects in state=", self.extra, state["extra"])
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Set what :meth:`state` has read and :meth:`check` has found good.
+
+        :raises CheckpointError: if an object in ``state=`` refuses its state.
+        """
         for name, value in self.extra.items():
-            value.load_state_dict(state["extra"][name])
+            guarded(f"'{name}' in state=", value.load_state_dict, state["extra"][name])
+        for name, value in self.generators().items():
+            set_generator_state(value, state["generators"][name])
+        load_buffers(self.buffers(), state["buffers"])
 
 
 @torch.no_grad()
 def load_buffers(buffers: Mapping[str, tuple[nn.Module, str, Tensor | None]], saved: Mapping[str, Any]) -> None:
-    """Copy ``saved`` into the buffers, in place where they exist.
-
-    :raises CheckpointError: if names or shapes differ.
-    """
-    _same_names("buffers", buffers, saved)
+    """Copy ``saved``, whose names and shapes are the same, into the buffers, in place where they exist."""
     for name, (module, attribute, value) in buffers.items():
         new = saved[name]
         if value is not None and new is not None:
-            if value.shape != new.shape:
-                raise CheckpointError(f"buffer '{name}' has shape {tuple(value.shape)}, saved {tuple(new.shape)}")
             value.copy_(new)
         elif value is not new:
             like = next(iter(module.parameters(recurse=False)), None)
@@ -211,7 +214,8 @@ def load_buffers(buffers: Mapping[str, tuple[nn.Module, str, Tensor | None]], sa
 def _same_names(what: str, now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     if now.keys() != saved.keys():
         raise CheckpointError(
-            f"it was written by another program: the {what} are {sorted(now)}, in the checkpoint {sorted(saved)}"
+            f"it was written by another program: the {what} are {sorted(now)}, in the checkpoint "
+            f"{sorted(map(str, saved))}"
         )
 
 

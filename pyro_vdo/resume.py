@@ -17,6 +17,7 @@ from pyro_vdo.objective import Batch
 from pyro_vdo.optimizers import Options, PyroOptimizer, TorchOptimizer
 from pyro_vdo.reproducible import Objects, called, load_buffers, preserved_random_state, random_state, set_random_state
 from pyro_vdo.schedules import Schedule
+from pyro_vdo.untrusted import check_fields, check_random_state, check_tensors
 
 _FORMAT = 1
 
@@ -84,9 +85,6 @@ class Resumable:
 
     @torch.no_grad()
     def _load_params(self, saved: Mapping[str, Tensor]) -> None:
-        shapes = {name: tuple(param.shape) for name, param in self._params.items()}
-        if shapes != {name: tuple(value.shape) for name, value in saved.items()}:
-            raise CheckpointError(f"it was written by another program: the parameters are now {shapes}")
         for name, param in self._params.items():
             param.copy_(saved[name])
 
@@ -115,22 +113,44 @@ class Resumable:
         }
 
     def _resume(self, state: Mapping[str, Any]) -> None:
-        """Continue where the checkpoint was written."""
+        """Continue where the checkpoint was written. All of it is checked before any of it is used."""
         path = self._file.path if self._file is not None else ""
-        before, anew = state["program"], "Pass resume=False to start anew."
+        anew = "Pass resume=False to start anew."
+        try:
+            check_fields(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint '{path}' is not one of fit: {error}. {anew}") from error
+        before = state["program"]
         other = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in self._program().items() if before.get(k) != v]
         if other:
             raise CheckpointError(f"checkpoint '{path}' belongs to another run: {', '.join(other)}. {anew}")
+        self._find_params()
         try:
-            with preserved_random_state():
-                first = next(iter(called(self.data, 0) if callable(self.data) else self.data))
-                self._params = objective.parameters_of(self.model, self.guide, self._to_batch(first))
-            self._load_params(state["params"])
+            self._check(state)
             self.optimizer.load(self._params, state["optimizer"])
             self.objects.load(state["objects"])
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint '{path}' does not fit: {error}. {anew}") from error
+        self._load_params(state["params"])
         self.epoch, self.step, self._best = state["epoch"], state["step"], state["best"]
         self._num_batches, self._stopped = state["num_batches"], state["stopped"]
         self.history[:] = state["history"]
         set_random_state(state["random"])
+
+    def _find_params(self) -> None:
+        """Run model and guide to learn their parameters, and leave random states and buffers as they were."""
+        kept = [(value, value.clone()) for _, _, value in self.objects.buffers().values() if value is not None]
+        with preserved_random_state():
+            first = next(iter(called(self.data, 0) if callable(self.data) else self.data))
+            self._params = objective.parameters_of(self.model, self.guide, self._to_batch(first))
+        for buffer, value in kept:
+            buffer.data.copy_(value)
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        buffers = {name: value for name, (_, _, value) in self.objects.buffers().items()}
+        for part in (state, *([state["best"]["snapshot"]] if state["best"] else [])):
+            check_tensors("parameters", self._params, part["params"])
+        for part in (state["objects"], *([state["best"]["snapshot"]] if state["best"] else [])):
+            check_tensors("buffers", buffers, part["buffers"])
+        check_random_state(state["random"])
+        self.objects.check(state["objects"])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyro_vdo import coding
 from pyro_vdo.architecture import ArchitectureError, build, describe
-from pyro_vdo.checkpoint import write_atomically
+from pyro_vdo.checkpoint import read_file, write_atomically
 from pyro_vdo.sparse_layers import Select, SparseConv2d, SparseLinear
 
 FORMAT = "pyro-vdo export"
@@ -153,11 +153,7 @@ def read_header(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> 
 
 def _guarded(path: str | os.PathLike[str], parse: Callable[[bytes], Any], max_bytes: int) -> Any:
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise ExportFileError(f"it has {size} bytes, more than max_bytes={max_bytes}")
-            return parse(file.read(max_bytes + 1))
+        return parse(read_file(path, max_bytes))
     except (OSError, ExportFileError) as error:
         raise ExportFileError(f"'{os.fspath(path)}' cannot be loaded: {error}") from error
 
