@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def empty_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """What is empty, where all tensors among the arguments of a model have no data points, else nothing."""
+    named = [(f"argument {at}", value) for at, value in enumerate(args)]
+    named += [(f"argument '{name}'", value) for name, value in kwargs.items()]
+    tensors = [(name, value) for name, value in named if isinstance(value, Tensor) and value.dim() > 0]
+    if not tensors or any(len(value) for _, value in tensors):
+        return ""
+    return f"{tensors[0][0]} has shape {tuple(tensors[0][1].shape)}"
 
 
 class TensorBatches:

@@ -198,7 +198,7 @@ def regression_uncertainty(means: Any, scales: Any) -> Uncertainty:
 
 def _as_array(values: Any) -> Array:
     if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=float)
 
 

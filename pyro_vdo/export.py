@@ -295,7 +295,15 @@ def reestimate_batch_norm(module: nn.Module, data: Iterable[Any]) -> nn.Module:
 
 
 def accuracy(predictions: Tensor, targets: Tensor) -> float:
-    """Part of the targets (data,) that is the largest of the predictions (data, classes)."""
+    """Part of the targets (data,) that is the largest of the predictions (data, classes).
+
+    :raises ValueError: for targets that are no class numbers.
+    """
+    if targets.is_floating_point() or targets.shape != predictions.shape[:-1]:
+        raise ValueError(
+            f"accuracy needs class numbers of shape {tuple(predictions.shape[:-1])}, not {targets.dtype} of shape "
+            f"{tuple(targets.shape)}; for a regression pass metric=... and link=lambda mean: mean"
+        )
     return float((predictions.argmax(-1) == targets).double().mean())
 
 
@@ -332,8 +340,8 @@ def predict_three_ways(
     if num_samples < 1:
         raise ValueError(f"predict_three_ways: num_samples must be at least 1, not {num_samples}")
     batches = [(x if isinstance(x, tuple) else (x,), y) for x, y in data]
-    if not batches:
-        raise ValueError("predict_three_ways: there is no batch in data")
+    if not any(len(y) for _, y in batches):
+        raise ValueError("predict_three_ways: there is no data")
     targets = torch.cat([y for _, y in batches])
     sites = network_sites(net)
     plain = plain_module(net, _by_name(sites, pruned_means(sites.values(), guide, threshold, masks)))

@@ -42,9 +42,31 @@ def is_composable_only(*tensors: Tensor) -> bool:
     )
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would make of ``x`` on its device; None where it is off or unknown."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def is_large(tensor: Tensor) -> bool:
     """True for weights whose variance is computed anew in the backward pass, in place of being kept until then."""
     return tensor.numel() >= _LARGE
+
+
+def is_half(tensor: Tensor) -> bool:
+    """True for float16 and bfloat16."""
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """``tensor``, in float32 where it is in half precision: for sums over many elements."""
+    return tensor.float() if is_half(tensor) else tensor
+
+
+def ranged(tensor: Tensor) -> Tensor:
+    """``tensor``, in float32 where it is in float16: for squares, which leave the range of float16."""
+    return tensor.float() if tensor.dtype is torch.float16 else tensor
 
 
 def unrepeated(tensor: Tensor) -> Tensor:
@@ -354,15 +376,16 @@ def sample_linear(
     :param shape: of the result, where it has more draws than (*batch, out).
     :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
     :returns: None where it has to be composed of ordinary functions: under autocast, in a trace or transform, for
-        mixed dtypes and other shapes.
+        float16, mixed dtypes and other shapes.
     """
     tensors = (x, loc, log_scale, variance) if bias is None else (x, loc, log_scale, variance, bias)
     if (
         loc.dim() != 2
         or x.dim() == 0
+        or loc.dtype is torch.float16
         or (bias is not None and bias.dim() != 1)
         or any(t.dtype != loc.dtype for t in tensors)
-        or torch.is_autocast_enabled(x.device.type)
+        or autocast_dtype(x) is not None
         or is_composable_only(*tensors)
     ):
         return None

@@ -14,48 +14,20 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_vdo import _compat, handlers
+from pyro_vdo.batches import empty_argument
 from pyro_vdo.blocks import Alive, Block
+from pyro_vdo.initial import Init, InitialValues, log_scale_of
+from pyro_vdo.initial import base_prior as base_prior
+from pyro_vdo.initial import init_to_pretrained as init_to_pretrained
 from pyro_vdo.posteriors import FactorizedNormal
-from pyro_vdo.priors import WeightPrior
 from pyro_vdo.pruning import Prunable
 from pyro_vdo.variables import ReusePolicy
 from pyro_vdo.weights import Undrawn
-
-Init = Callable[[Any], Any]
-
-
-def base_prior(fn: Any) -> Any:
-    """The distribution inside of ``Independent``, ``expand`` and ``mask`` wrappers."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
-def init_to_pretrained(site: Any = None, *, fallback: Init = init_to_median) -> Any:
-    """Initialize from the network's own weights; an ``init_loc_fn`` for Pyro's guides as well.
-
-    :param site: a Pyro site; without it a partial function with ``fallback`` set is returned.
-    :param fallback: what to do with sites that have a proper prior and no pretrained value.
-    :returns: the weights that the module had when ``to_bayesian`` converted it; for an improper prior without such,
-        Normal(0, 1/fan_in) noise, since there is nothing to sample from.
-    """
-    if site is None:
-        return lambda site: init_to_pretrained(site, fallback=fallback)
-    pretrained = getattr(site["fn"], "pretrained", None)
-    shape = site["fn"].shape()
-    if pretrained is not None and pretrained.shape == shape:
-        if not bool(torch.isfinite(pretrained).all()):
-            raise ValueError(f"init_to_pretrained: the weight '{site['name']}' of the network is not finite")
-        return pretrained.detach().clone()
-    prior = base_prior(site["fn"])
-    if isinstance(prior, WeightPrior):
-        return prior.initial_value(shape)
-    return fallback(site)
 
 
 class SitePosterior(nn.Module):
@@ -73,8 +45,7 @@ class SitePosterior(nn.Module):
     def __init__(self, loc: Tensor, init_scale: Tensor | float) -> None:
         super().__init__()
         self.loc = nn.Parameter(loc)
-        log_scale = torch.as_tensor(init_scale, dtype=loc.dtype, device=loc.device).log()
-        self.log_scale = nn.Parameter(log_scale.expand_as(loc).clone())
+        self.log_scale = nn.Parameter(log_scale_of(init_scale, loc, type(self).__name__).clone())
         self.register_buffer("kept", None)
         self._known_alive: tuple[tuple[Tensor, int] | None, Alive | None] = (None, None)
 
@@ -187,7 +158,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             raise ValueError(f"AutoFactorizedNormal: init_scale must be > 0, not {init_scale}")
         if isinstance(draw, str):
             raise ValueError(f"AutoFactorizedNormal: draw must be a list of site names, write draw=[{draw!r}]")
-        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        self._initial = InitialValues(init_loc_fn)
+        super().__init__(InitMessenger(self._initial)(model), create_plates=create_plates)
         self.init_scale = init_scale
         self.draw = frozenset(draw)
         self.policy = ReusePolicy(strict=strict)
@@ -201,13 +173,23 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             self._setup_prototype(*args, **kwargs)
         return self
 
+    def _refuse_empty(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if empty := empty_argument(args, kwargs):
+            raise ValueError(
+                f"{type(self).__name__}: the batch has no data points ({empty}); a mean over them, or the scale N / 0 "
+                "of a plate, is undefined. Leave empty batches out."
+            )
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_empty(args, kwargs)
         try:
             with torch.no_grad():
                 super()._setup_prototype(*args, **kwargs)
             self._setup_sites()
-        except BaseException:
+        except BaseException as error:
             self.prototype_trace = None  # a second call starts over
+            if isinstance(error, ValueError):
+                self._initial.explain(error)
             raise
 
     def _setup_sites(self) -> None:
@@ -247,9 +229,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
                 loc = loc.index_select(frame.dim - event_dim, index)
         if not bool(torch.isfinite(loc).all()):
             raise ValueError(f"AutoFactorizedNormal: the initial value of site '{name}' is not finite")
-        scale = torch.as_tensor(self.init_scale(loc) if callable(self.init_scale) else self.init_scale)
-        if not bool((scale > 0).all()):
-            raise ValueError(f"AutoFactorizedNormal: init_scale gives a scale for site '{name}' that is not positive")
+        scale = self.init_scale(loc) if callable(self.init_scale) else self.init_scale
+        log_scale_of(scale, loc, name)
         self._set_site(name, self._make_site(name, fn, loc.clone(memory_format=torch.contiguous_format), scale))
         # Keep the shape and forget the numbers: a prototype should not cost the memory of a second network.
         site["value"] = value.new_zeros(()).expand(value.shape)
@@ -282,7 +263,11 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
     # ----------------------------------------------------------------- the guide
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every site; arguments as for the model. Returns a dict of site name to value."""
+        """Sample every site; arguments as for the model. Returns a dict of site name to value.
+
+        :raises ValueError: for a batch without data points.
+        """
+        self._refuse_empty(args, kwargs)
         self.setup(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         undrawn = self.training and handlers.local_reparameterization_enabled()
@@ -389,7 +374,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         state = self.__dict__.copy()
         for param in self.parameters():
             param.__dict__.pop("unconstrained", None)
-        state["_model"], state["master"] = None, None
+        state["_model"], state["master"], state["_initial"] = None, None, InitialValues(init_to_pretrained)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -408,7 +393,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         state = self.__getstate__()
         state.pop("_model")
         copied.__dict__.update(copy.deepcopy(state, memo))
-        copied.__dict__["_model"] = self._model
+        copied.__dict__["_model"], copied.__dict__["_initial"] = self._model, self._initial
         return copied
 
 

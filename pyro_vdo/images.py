@@ -57,7 +57,7 @@ def weights_of(guide: Any, site: str | None, threshold: float, dims: tuple[int, 
     """Name, means and mask (True for kept) of a site as numpy arrays; the first of a fitting dimension by default."""
     name, q = _first(guide, site, dims)
     kept = relevance.masks({name: q}, threshold)[name]
-    return name, q.mean.detach().cpu().numpy(), kept.cpu().numpy()
+    return name, q.mean.detach().float().cpu().numpy(), kept.cpu().numpy()
 
 
 def diverging() -> Colormap:

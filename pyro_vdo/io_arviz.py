@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vdo import __version__, _arviz
 from pyro_vdo.draws import Sampler, evaluating
-from pyro_vdo.labels import Array, Labels, Part, dataset, safe
+from pyro_vdo.labels import Array, Labels, Part, array_of, dataset, safe
 from pyro_vdo.relevance import THRESHOLD
 from pyro_vdo.sites import Site, argument_names
 
@@ -201,7 +201,7 @@ class _Converter:
             site, tensors = (site, [t.reshape(site.shape) for t in tensors]) if same else (None, tensors)
         if site is None:
             dims = tuple(f"{safe(name)}_dim_{i}" for i in range(tensors[0].dim()))
-            return safe(name), ("chain", *dims), np.stack([t.cpu().numpy() for t in tensors]), {}
+            return safe(name), ("chain", *dims), np.stack([array_of(t) for t in tensors]), {}
         part = self.labels.part(site)
         values = np.concatenate([part.take(t[None]) for t in tensors])
         return safe(name), ("chain", *part.dims), values, part.coords
@@ -267,7 +267,7 @@ class _Converter:
         dtype = self.sites[name].dtype
         if group == "log_likelihood" and not dtype.is_floating_point:
             dtype = torch.get_default_dtype()
-        return torch.empty((), dtype=dtype).numpy().dtype
+        return array_of(torch.empty((), dtype=dtype)).dtype
 
     # ----------------------------------------------------------------- memory
 
@@ -303,7 +303,7 @@ class _Converter:
                 (p.name, (*_SAMPLES, *p.dims), out[group][n], {**labels, **p.coords}) for n, p in parts.items()
             )
         groups["sample_stats"] = self._sample_stats(stats, {"chain": chain, "draw": np.arange(self.num_samples)})
-        groups["variational"] = dataset(self.variational).assign_coords(chain=chain)
+        groups["variational"] = dataset(self.variational, chain=chain)
         groups["variational"].attrs["threshold"] = self.threshold
         groups["observed_data"] = dataset(
             (p.name, p.dims, p.take(self._value(n)[None])[0].copy(), p.coords) for n, p in self.observed.items()

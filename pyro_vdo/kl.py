@@ -55,15 +55,17 @@ _KL_AT_ZERO = 0.6351814227307391  # (gamma + log 2) / 2, the limit of KL + log(a
 _LOG_UNIFORM_KLS = {"exact": normal_log_uniform_kl, "molchanov": _molchanov, "kingma": _kingma}
 
 
-def _half_log1p_square(ratio: Tensor) -> Tensor:
-    """log(1 + ratio^2) / 2, elementwise, also where the square overflows."""
+def _half_log1p_square(loc: Tensor, scale: Tensor) -> Tensor:
+    """log(1 + loc^2/scale^2) / 2, elementwise, also where the square overflows."""
+    ratio = loc / scale
     square = ratio * ratio
     if square.device.type == "cpu" and not fused.is_composable_only(square) and math.isfinite(square.detach().sum()):
         kl: Tensor = 0.5 * torch.log1p(square)
         return kl
-    limit = torch.finfo(ratio.dtype).max ** 0.25
-    inner, outer = ratio.clamp(-limit, limit), ratio.abs().clamp(min=limit) / limit
-    kl = 0.5 * torch.log1p(inner * inner) + outer.log()
+    far, zero, one = ratio.abs() > torch.finfo(ratio.dtype).eps ** -0.5, loc.new_zeros(()), loc.new_ones(())
+    near = torch.where(far, zero, loc) / scale
+    logs = torch.where(far, loc, one).abs().log() - torch.where(far, scale, one).log()
+    kl = 0.5 * torch.log1p(near * near) + logs
     return kl
 
 
@@ -74,7 +76,7 @@ def _normal_empirical_bayes(q: Normal, p: EmpiricalBayesNormal) -> Tensor:
     Where weights share lambda^2 = mean E w^2 the elements are log lambda - log sigma; their sum over a group is its KL.
     """
     if p.group == "weight":
-        return _half_log1p_square(q.loc / q.scale)
+        return _half_log1p_square(q.loc, q.scale)
     log_scale = _log_scale(q)
     second, ndim, kept = q.loc.square() + q.scale.square(), p.weight_dim(q.loc.dim()), getattr(q, "kept", None)
     if kept is None:

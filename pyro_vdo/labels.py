@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 
 from pyro_vdo.sites import Site
 
 Array = np.ndarray[Any, Any]
+
+
+def array_of(tensor: Tensor) -> Array:
+    """The numbers of ``tensor``; in float32 for bfloat16, which numpy does not know."""
+    array: Array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).detach().cpu().numpy()
+    return array
 
 
 def safe(name: str) -> str:
@@ -33,7 +40,7 @@ class Part:
 
     def take(self, values: Tensor) -> Array:
         """The selected elements of ``values`` of shape (n, *site shape), as (n, *part shape)."""
-        array: Array = values.detach().cpu().numpy()
+        array = array_of(values)
         if self.flat is not None:
             kept: Array = array.reshape(len(array), -1)[:, self.flat]
             return kept
@@ -132,10 +139,10 @@ class Labels:
                 raise ValueError(f"{argument} names the dimensions {unknown}; there are {sorted(self.seen)}")
 
 
-def dataset(variables: Iterable[tuple[str, tuple[str, ...], Array, Mapping[str, Any]]]) -> xr.Dataset:
-    """A dataset of (name, dims, values, coords), without copying the values."""
+def dataset(variables: Iterable[tuple[str, tuple[str, ...], Array, Mapping[str, Any]]], **common: Array) -> xr.Dataset:
+    """A dataset of (name, dims, values, coords), without copying the values; ``common`` are further coords."""
     data: dict[str, Any] = {}
-    coords: dict[str, Any] = {}
+    coords: dict[str, Any] = {**common}  # all at once: each that is assigned later is compared with all others
     for name, dims, values, own in variables:
         data[name] = (dims, values)
         coords.update(own)

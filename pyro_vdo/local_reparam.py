@@ -81,34 +81,43 @@ def sample_linear(
     :param bias: None, a tensor or a ``GaussianWeight``; broadcast against the output.
     """
     weight.note_linear_use()
-    mean = apply(x, weight.loc)
-    refuse_nan(mean, weight, x)
-    return add_bias(mean, variance_of(apply, x, weight), bias)
+    out = add_bias(apply(x, weight.loc), variance_of(apply, x, weight), bias)
+    refuse_not_finite(out, weight, x)
+    return out
 
 
 def variance_of(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: GaussianWeight) -> Tensor:
-    """``apply(x^2, scale^2)``; in float32 where autocast would take float16, in which squares leave the range."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
-        with torch.autocast(device, enabled=False):
+    """``apply(x^2, scale^2)``; in float32 in place of float16, in which squares leave the range."""
+    if torch.float16 in (x.dtype, fused.autocast_dtype(x)):
+        with torch.autocast(x.device.type, enabled=False):
             return apply(x.float().square(), weight.variance.float())
     return apply(x * x, weight.variance)
 
 
-def refuse_nan(mean: Tensor, weight: GaussianWeight, *xs: Tensor) -> None:
-    """Say where nan comes from first, while Pyro validates. Not on a GPU, which would wait for each layer."""
-    if mean.device.type != "cpu" or not _compat.validation_is_on() or not bool(mean.detach().sum().isnan()):
+def refuse_not_finite(out: Tensor, weight: GaussianWeight, *xs: Tensor) -> None:
+    """Say where nan and inf come from first, while Pyro validates. Not on a GPU, which would wait for each layer."""
+    if out.device.type != "cpu" or not _compat.validation_is_on() or bool(out.detach().sum().isfinite()):
         return
     name = weight.variable.name
-    if any(bool(x.isnan().any()) for x in xs):
+    for what in ("nan", "inf"):
+        if any(bool(getattr(x, f"is{what}")().any()) for x in xs):
+            raise ValueError(
+                f"{what} in the data that weight '{name}' meets, of shape {[tuple(x.shape) for x in xs]}. Clean the "
+                "data, or fill in missing values and mask their likelihood (poutine.mask)."
+            )
+    if not bool((weight.loc + weight.scale).isfinite().all()):
         raise ValueError(
-            f"nan in the data that weight '{name}' meets, of shape {[tuple(x.shape) for x in xs]}. Clean the data, or "
-            "fill in missing values and mask their likelihood (poutine.mask)."
+            f"the posterior of weight '{name}' has become nan or inf: an earlier step had a gradient that was not "
+            "finite or far too large. Lower the learning rate, clip gradients (pyro.optim.ClippedAdam), or look for "
+            "huge values in the data."
         )
-    if bool((weight.loc + weight.scale).isnan().any()):
+    if not bool(out.isfinite().all()):  # else only the sum overflows
+        sizes = [f"{float(value.detach().abs().max()):.2g}" for value in (*xs, weight.loc, weight.scale)]
         raise ValueError(
-            f"the posterior of weight '{name}' has become nan: an earlier step had a gradient that was not finite. "
-            "Lower the learning rate, clip gradients (pyro.optim.ClippedAdam), or look for huge values in the data."
+            f"the output of weight '{name}' overflows {str(out.dtype).removeprefix('torch.')}, or a bias is not "
+            f"finite: the data that it meets reach {' and '.join(sizes[:-2])}, its mean {sizes[-2]}, its standard "
+            f"deviation {sizes[-1]}. Standardise the data, lower init_scale or the learning rate, or use "
+            f"{'bfloat16 or float32' if out.dtype is torch.float16 else 'float64'}."
         )
 
 
@@ -147,7 +156,7 @@ def _fast_linear(x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor | None:
     out = weight.sample_linear(x, bias)
     if out is not None:
         weight.note_linear_use()
-        refuse_nan(out, weight, x)
+        refuse_not_finite(out, weight, x)
     return out
 
 
@@ -248,9 +257,10 @@ def bilinear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     if is_gaussian(x1) or is_gaussian(x2) or not is_gaussian(weight):
         return NotImplemented
     weight.note_linear_use()
-    mean = bilinear_over_batch(x1, x2, weight.loc)
-    refuse_nan(mean, weight, x1, x2)
-    return add_bias(mean, bilinear_over_batch(x1 * x1, x2 * x2, weight.variance), bias)
+    var = bilinear_over_batch(fused.ranged(x1).square(), fused.ranged(x2).square(), weight.variance)
+    out = add_bias(bilinear_over_batch(x1, x2, weight.loc), var, bias)
+    refuse_not_finite(out, weight, x1, x2)
+    return out
 
 
 def bilinear_over_batch(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -157,7 +158,8 @@ def _without_validation() -> Any:
     before = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)
     try:
-        with infer_validation(False):
+        with infer_validation(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pyro warns of what is looked for here
             yield
     finally:
         torch.distributions.Distribution.set_default_validate_args(before)
@@ -230,8 +232,14 @@ def _first_broken_site(model: Callable[..., Any], guide: Callable[..., Any], bat
                 continue
             for part, value in _site_values(site):
                 if found := _broken(value):
-                    return name, f"its {part} holds {found}"
+                    return name, f"its {part} holds {found}{_advice_for_half(value)}"
     return None, ""
+
+
+def _advice_for_half(value: Tensor) -> str:
+    if value.dtype is not torch.float16:
+        return ""
+    return " (float16 ends at 65504: compute the likelihood in float32, e.g. Categorical(logits=logits.float()))"
 
 
 def _site_values(site: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -120,14 +120,15 @@ class FactorizedNormal(dist.Normal):
 
     def drawn(self) -> dist.Normal:
         """The plain Pyro distribution with the same parameters, whose samples are real numbers."""
+        scale = self.scale.clamp(min=torch.finfo(self.loc.dtype).tiny)  # exp(log_scale) may be 0 in this dtype
         if self.kept is not None:
-            return PrunedNormal(self.loc, self.scale, self.kept)
-        return dist.Normal(self.loc, self.scale, validate_args=False)
+            return PrunedNormal(self.loc, scale, self.kept)
+        return DrawnNormal(self.loc, scale, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at real numbers; at an undrawn weight minus its entropy, elementwise."""
         if not isinstance(value, Undrawn):
-            return super().log_prob(value)  # type: ignore[no-any-return]
+            return _normal_log_prob(self, value)
         if isinstance(value, GaussianWeight) and self._is_law_of(value):
             return value.expected_log_law()
         return _expected_normal_log_prob(self, value)
@@ -138,7 +139,20 @@ class FactorizedNormal(dist.Normal):
         return _same(weight.loc, self.loc) and _same(weight.law_scale, self.scale)
 
 
-class PrunedNormal(dist.Normal):
+class DrawnNormal(dist.Normal):
+    """Normal(loc, scale^2) whose log density needs no scale^2, which over- and underflows long before the scale."""
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> DrawnNormal:
+        """The same distribution over a larger batch."""
+        shape = torch.Size(batch_shape)
+        return DrawnNormal(self.loc.expand(shape), self.scale.expand(shape), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density, elementwise; in float32 for half precision, in which sums over weights overflow."""
+        return _normal_log_prob(self, value)
+
+
+class PrunedNormal(DrawnNormal):
     """Normal(loc, scale^2) for the weights that are kept; the others are 0 and leave the density.
 
     :param kept: True for the weights that are kept, of the shape of ``loc``, which is 0 elsewhere.
@@ -165,7 +179,7 @@ class PrunedNormal(dist.Normal):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density, elementwise; 0 for the pruned weights."""
-        return super().log_prob(value) * self.kept  # type: ignore[no-any-return]
+        return super().log_prob(value) * self.kept
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles; 0 for the pruned weights."""
@@ -187,6 +201,12 @@ class UndrawnEvent(dist.Independent):
         value_log_prob = self.base_dist.log_prob(value)
         dims = tuple(range(-self.reinterpreted_batch_ndims, 0))
         return value_log_prob.sum(dims)  # type: ignore[no-any-return]
+
+
+def _normal_log_prob(self: dist.Normal, value: Tensor) -> Tensor:
+    scale = fused.widened(self.scale)
+    distance = (fused.widened(value) - fused.widened(self.loc)) / scale
+    return -0.5 * distance.square() - scale.log() - 0.9189385332046727
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -68,9 +68,9 @@ def embedding_bag(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 
     def bag(loc: Tensor, variance: Tensor) -> Tensor:
         count, rows, owner, factor = uses
-        empty = torch.zeros(count, loc.shape[1], dtype=loc.dtype, device=loc.device)
-        mean = empty.index_add(0, owner, factor * loc[rows])
-        return sample_normal(mean, empty.index_add(0, owner, factor.square() * variance[rows]))
+        mean = loc.new_zeros(count, loc.shape[1]).index_add(0, owner, factor * loc[rows])
+        var = variance.new_zeros(count, loc.shape[1])
+        return sample_normal(mean, var.index_add(0, owner, factor.to(var.dtype).square() * variance[rows]))
 
     out = _over_particles(bag, weight.loc, weight.variance)
     if out is None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from pyro_vdo import _compat, objective
+from pyro_vdo.batches import empty_argument
 from pyro_vdo.checkpoint import CheckpointError, CheckpointFile
 from pyro_vdo.handlers import scale_kl
 from pyro_vdo.history import History
@@ -122,6 +123,10 @@ class Run(Resumable):
                 if raw is _END:
                     break
                 before, self._batch = self._batch, self._to_batch(raw)
+                if empty := empty_argument(*self._batch):
+                    raise ValueError(
+                        f"fit: batch {count + 1} of epoch {self.epoch + 1} has no data points ({empty}). Leave it out."
+                    )
                 if count == 1 and self.epoch == 0:
                     self._check_scale(before)
                 total += self._do_step(count)

@@ -15,6 +15,7 @@ from torch.distributions import Normal, transforms
 
 from pyro_vdo import _arviz
 from pyro_vdo.draws import Sampler, evaluating
+from pyro_vdo.labels import array_of
 from pyro_vdo.relevance import THRESHOLD
 from pyro_vdo.sites import SiteParameters, normal_parameters, own_parameters
 
@@ -69,7 +70,7 @@ def summary(
             kept = q.kept(threshold)
             kept = torch.ones_like(log_alpha, dtype=torch.bool) if kept is None else kept
             for column, values in zip(columns.values(), (*rows, log_alpha, kept), strict=True):
-                column.append(values.reshape(-1).cpu().numpy())
+                column.append(array_of(values.reshape(-1)))
             index += _row_names(name, tuple(rows[0].shape), (coords or {}).get(name))
     return pd.DataFrame({name: np.concatenate(parts) for name, parts in columns.items()}, index=pd.Index(index))
 

@@ -229,12 +229,12 @@ class GaussianWeight(Undrawn):
 
     @property
     def law_variance(self) -> Tensor:
-        """law_scale^2, computed once for all that ask."""
+        """law_scale^2, computed once for all that ask; in float32 for float16, whose range ends at 256^2."""
         if self._law_variance is None:
             if self._law_scale is None and self._log_scale is not None:
-                self._law_variance = fused.once(fused.variance, self._log_scale)
+                self._law_variance = fused.once(fused.variance, fused.ranged(self._log_scale))
             else:
-                self._law_variance = fused.once(torch.square, self.law_scale)
+                self._law_variance = fused.once(torch.square, fused.ranged(self.law_scale))
         return self._law_variance
 
     @property
@@ -258,7 +258,7 @@ class GaussianWeight(Undrawn):
             if self._log_scale is None:
                 self._expected_log_law_sum = self.expected_log_law().sum(dims)
             else:
-                total = fused.unrepeated(self._log_scale).sum(dims)
+                total = fused.widened(fused.unrepeated(self._log_scale)).sum(dims)
                 shape = self.loc.shape
                 total = -total - math.prod(shape[-event_dim:]) * fused.ENTROPY_CONSTANT
                 self._expected_log_law_sum = total.expand(shape[:-event_dim])
@@ -317,8 +317,12 @@ class GaussianWeight(Undrawn):
         return sums[0].expand(batch)
 
     def law(self) -> torch.distributions.Normal:
-        """Normal(loc, scale), elementwise."""
-        law = torch.distributions.Normal(self.loc, self.law_scale, validate_args=False)
+        """Normal(loc, scale), elementwise; in float32 for half precision, in which sums over weights overflow."""
+        if fused.is_half(self.loc):
+            log_scale = self.law_scale.float().log() if self._log_scale is None else self._log_scale.float()
+            law = torch.distributions.Normal(self.loc.float(), log_scale.exp(), validate_args=False)
+        else:
+            law = torch.distributions.Normal(self.loc, self.law_scale, validate_args=False)
         law.kept = self.kept  # type: ignore[attr-defined]  # divergences that couple weights leave pruned ones out
         return law
 
@@ -326,7 +330,7 @@ class GaussianWeight(Undrawn):
         """E log q(w) = -log scale - (1 + log 2 pi) / 2, elementwise."""
         if self._expected_log_law is None:
             log_scale = self.law_scale.log() if self._log_scale is None else self._log_scale
-            self._expected_log_law = -log_scale - fused.ENTROPY_CONSTANT
+            self._expected_log_law = -fused.widened(log_scale) - fused.ENTROPY_CONSTANT
         return self._expected_log_law
 
     def draw(self) -> Tensor:

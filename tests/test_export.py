@@ -351,8 +351,12 @@ def test_three_ways_by_default_are_accuracies() -> None:
     assert all(0 <= value <= 1 for value in found.values())
     with pytest.raises(ValueError, match="num_samples"):
         predict_three_ways(bayes, guide, [(x, targets)], num_samples=0)
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="no data"):
         predict_three_ways(bayes, guide, [])
+    with pytest.raises(ValueError, match="no data"):
+        predict_three_ways(bayes, guide, [(x[:0], targets[:0])])
+    with pytest.raises(ValueError, match=r"class numbers of shape \(40,\).*for a regression pass metric"):
+        predict_three_ways(bayes, guide, [(x, torch.randn(40, 1))])
 
 
 def test_export_leaves_the_parameter_store_alone() -> None:

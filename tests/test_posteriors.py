@@ -27,7 +27,8 @@ def test_samples_are_undrawn_and_know_their_event() -> None:
 
 def test_drawn_is_pyros_normal() -> None:
     q = vdo.FactorizedNormal(torch.zeros(4), torch.ones(4))
-    assert type(q.drawn()) is dist.Normal
+    assert isinstance(q.drawn(), dist.Normal)
+    assert type(q.drawn().rsample()) is torch.Tensor
     assert type(q.drawn().rsample()) is torch.Tensor
     value = torch.randn(4)
     torch.testing.assert_close(q.log_prob(value), dist.Normal(torch.zeros(4), 1.0).log_prob(value))

@@ -313,7 +313,10 @@ def test_nan_is_reported_where_it_enters() -> None:
 
 def test_infinite_data_are_not_called_nan() -> None:
     x = torch.tensor([[float("inf"), 1.0, 0.0]])
-    assert not torch.isfinite(F.linear(x, weight(2, 3))).any()
+    with pytest.raises(ValueError, match=r"^inf in the data that weight 'w' meets"):
+        F.linear(x, weight(2, 3))
+    with pyro.validation_enabled(False):
+        assert not torch.isfinite(F.linear(x, weight(2, 3))).any()
 
 
 # --------------------------------------------------------------------------- copies
