@@ -7,6 +7,7 @@ check the states that they are given, and would read and write outside of their 
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -218,9 +219,11 @@ def _layout(optimizer: torch.optim.Optimizer, param: Tensor, options: Mapping[st
     """
     tiny = torch.zeros([2] * param.dim(), dtype=param.dtype, device=param.device, requires_grad=True)
     tiny.grad = torch.zeros_like(tiny)
+    own = {name: copy.copy(value) for name, value in options.items() if name != "params"}
+    known = inspect.signature(type(optimizer)).parameters  # what is given to the constructor is checked there
     try:
-        alone = type(optimizer)([tiny])  # type: ignore[call-arg]
-        alone.param_groups[0].update({name: copy.copy(value) for name, value in options.items() if name != "params"})
+        alone = type(optimizer)([tiny], **{name: value for name, value in own.items() if name in known})
+        alone.param_groups[0].update(own)
         alone.step()
     except (TypeError, RuntimeError):
         return None  # a class that wants more than parameters, a closure, or sparse gradients
@@ -253,6 +256,8 @@ def _check_entry(name: str, new: Any, value: Any, elementwise: bool, param: Tens
         return  # SGD has none before its first step
     elif not _alike(value, new):
         raise ValueError(f"'{name}' is {str(new)[:40]}")
+    if name == "step" and not 0 <= float(new) < float("inf"):
+        raise ValueError(f"its number of steps is {float(new)}")
 
 
 def guarded(what: str, load: Callable[[Any], Any], saved: Any) -> None:

@@ -65,6 +65,8 @@ FORGERIES: dict[str, tuple[str, Change, str]] = {
     "a state of no parameter": ("fused adam", put("optimizer/state/state/99", {}), "there are not"),
     "another kernel": ("sgd", put(f"{GROUP}/fused", True), "'fused' is True"),
     "an option of another type": ("fused adam", put(f"{GROUP}/betas", (0.9, "x")), "option 'betas'"),
+    "an option that the optimizer would refuse": ("generators", put(f"{GROUP}/betas", (1.0, 1.0)), "Invalid beta"),
+    "a step before the first": ("generators", put(f"{STATE}/step", torch.tensor(-1.0)), "number of steps is -1"),
     "other groups": ("fused adam", put(f"{GROUP}/params", [0]), "groups of parameters"),
     "no groups": ("fused adam", put("optimizer/state/param_groups", []), "groups of parameters"),
     "learning rates of more groups": ("fused adam", put("optimizer/base", [0.1, 0.2]), "learning rates"),
