@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types bench docs clean
+.PHONY: demo test lint types bench docs wheel stress clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,13 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -n -W -b html docs site
+
+wheel:  # builds it and tries it in an empty environment
+	$(PYTHON) tests/wheel.py
+
+stress: $(STAMP)  # what takes too long for the tests
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_storage.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_checkpoint.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -92,6 +92,8 @@ def check_tensors(what: str, now: Mapping[str, Tensor | None], saved: Mapping[st
                 f"{what}: '{name}' is {value.dtype} of shape {tuple(value.shape)}, in the checkpoint {new.dtype} of "
                 f"shape {tuple(new.shape)}"
             )
+        elif what == "parameters" and bool(new.isnan().any()):
+            raise CheckpointError(f"{what}: '{name}' has entries that are not a number")
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:

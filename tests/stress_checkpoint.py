@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -95,6 +96,10 @@ def resume(make: Make, path: Path) -> str:
             raise SystemExit(f"a refused file has changed a parameter; it is {path}") from None
         return "refused by fit"
     except vdo.NumericalError:
+        return "stopped by numbers that are not finite"
+    except ValueError as error:  # the validation meets forged running statistics of BatchNorm
+        if not re.match(r"(nan|inf)\S* in the data that weight", str(error)):
+            raise
         return "stopped by numbers that are not finite"
     return "resumed"
 

@@ -90,6 +90,11 @@ FORGERIES: dict[str, tuple[str, Change, str]] = {
     "a history of other things": ("fused adam", put("history", [1, 2]), "history"),
     "a parameter that is text": ("fused adam", put("params", lambda p: dict.fromkeys(p, "x")), "not a tensor"),
     "parameters of whole numbers": ("sgd", put("params", lambda p: {k: v.long() for k, v in p.items()}), "torch.int64"),
+    "parameters that are not a number": (
+        "sgd",
+        put("params", lambda p: {k: v * float("nan") for k, v in p.items()}),
+        "not a number",
+    ),
     "a buffer too many": ("sgd", put("objects/buffers/x", torch.zeros(1)), "the buffers are now"),
     "a best epoch without its parameters": ("best", put("best/snapshot/params", {}), "the parameters are now"),
     "a best epoch that is none": ("best", put("best", {"value": 1.0}), "best lacks"),
