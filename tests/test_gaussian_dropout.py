@@ -222,6 +222,20 @@ def test_inputs_and_outputs_of_every_layer(layer, size, inputs, outputs):
         assert Trace_ELBO().loss(tied.model, tied, x) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("group", ["weight", "input", "output", "layer"])
+def test_every_weight_pays_the_kl_of_the_alpha_that_it_shares(group):
+    x = torch.randn(20, 4)
+    model = vdo.to_bayesian(nn.Linear(4, 3), vdo.LogUniform())
+    guide = vdo.AutoGaussianDropout(model, alpha=0.3, group=group).setup(x)
+    loss = Trace_ELBO().loss_and_grads(model, guide, x)
+    log_alpha = torch.tensor(math.log(0.3), requires_grad=True)
+    one = kl_divergence(vdo.GaussianDropoutNormal(torch.ones(()), log_alpha), vdo.LogUniform())
+    assert loss == pytest.approx(12 * one.item(), rel=1e-5)
+    (slope,) = torch.autograd.grad(one, log_alpha)
+    gradient = guide.get_parameter("sites.weight.log_alpha").grad
+    torch.testing.assert_close(gradient, (12 / gradient.numel() * slope).expand_as(gradient), rtol=1e-5, atol=1e-6)
+
+
 def test_groups_that_are_no_dimensions_are_refused():
     layer = nn.Conv2d(4, 6, 3, groups=2)
     layout = weight_layout(layer, "weight")
