@@ -114,6 +114,10 @@ class Sampler:
                 guide_trace, model_trace = self._pass(None)
             self.bytes_per_draw = counter.bytes
             self.sites = inspect_sites(guide_trace, model_trace)
+            observed = [name for name, site in self.sites.items() if site.kind == "observed"]
+            model_trace.compute_log_prob(lambda name, _: name in observed)
+            #: of the log likelihoods, which need not be that of the data
+            self.dtypes = {name: model_trace.nodes[name]["unscaled_log_prob"].dtype for name in observed}
             self.parameters = site_parameters(guide, guide_trace, model_trace)
             self.guide_params = guide_params(guide_trace)
             self._plate_dim = -1 - plate_nesting(guide_trace, model_trace)

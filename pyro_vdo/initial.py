@@ -55,8 +55,8 @@ def log_scale_of(init_scale: Tensor | float, loc: Tensor, name: str) -> Tensor:
 
     :raises ValueError: for a scale that is not positive, or that leaves the range of the dtype.
     """
-    scale = torch.as_tensor(init_scale, device=loc.device)
-    scale = scale.float() if scale.device.type == "mps" else scale.double()
+    wide = torch.float32 if loc.device.type == "mps" else torch.float64
+    scale = torch.as_tensor(init_scale, dtype=wide, device=loc.device)
     if not bool((scale > 0).all()):
         raise ValueError(f"AutoFactorizedNormal: init_scale gives a scale for site '{name}' that is not positive")
     low, high = torch.finfo(torch.float32 if loc.dtype is torch.float16 else loc.dtype).tiny, largest(loc.dtype)

@@ -264,9 +264,7 @@ class _Converter:
         stats["log_weight_proper"][chain, start:stop] = (batch.proper - batch.log_q).cpu().numpy()
 
     def _dtype(self, group: str, name: str) -> Any:
-        dtype = self.sites[name].dtype
-        if group == "log_likelihood" and not dtype.is_floating_point:
-            dtype = torch.get_default_dtype()
+        dtype = self.samplers[0].dtypes[name] if group == "log_likelihood" else self.sites[name].dtype
         return array_of(torch.empty((), dtype=dtype)).dtype
 
     # ----------------------------------------------------------------- memory

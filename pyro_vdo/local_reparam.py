@@ -106,10 +106,11 @@ def refuse_not_finite(out: Tensor, weight: GaussianWeight, *xs: Tensor) -> None:
                 "data, or fill in missing values and mask their likelihood (poutine.mask)."
             )
     if not bool((weight.loc + weight.scale).isfinite().all()):
+        half = " In float16 Adam divides by 0 (its eps, 1e-8, is 0 there): pass fused=True, or eps=1e-4."
         raise ValueError(
             f"the posterior of weight '{name}' has become nan or inf: an earlier step had a gradient that was not "
             "finite or far too large. Lower the learning rate, clip gradients (pyro.optim.ClippedAdam), or look for "
-            "huge values in the data."
+            f"huge values in the data.{half if weight.dtype is torch.float16 else ''}"
         )
     if not bool(out.isfinite().all()):  # else only the sum overflows
         sizes = [f"{float(value.detach().abs().max()):.2g}" for value in (*xs, weight.loc, weight.scale)]

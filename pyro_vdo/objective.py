@@ -251,3 +251,4 @@ def _site_values(site: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
             yield f"parameter '{attribute}'", fn.__dict__[attribute]
     yield "value", site["value"]
     yield "log density", site.get("log_prob")
+    yield "log density, summed,", site.get("log_prob_sum")

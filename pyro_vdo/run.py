@@ -219,7 +219,9 @@ class Run(Resumable):
         self._params = objective.named_parameters(capture)
         if not self._params:
             raise ValueError("fit: neither model nor guide has a parameter to train")
-        return sum(float(torch.as_tensor(part).detach()) for part in (value if isinstance(value, tuple) else (value,)))
+        # A Python number stays one: float32 ends at 3e38.
+        parts = value if isinstance(value, tuple) else (value,)
+        return sum(float(part.detach() if isinstance(part, Tensor) else part) for part in parts)
 
     def _check_gradients(self) -> None:
         """Refuse gradients that are not finite; clip the others."""

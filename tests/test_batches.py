@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import strategies
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import pyro_vdo as vdo
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 50), st.booleans(), st.booleans())
-def test_every_example_once(count: int, batch_size: int, shuffle: bool, drop_last: bool) -> None:
+@given(strategies.batches)
+def test_every_example_once(case: tuple[int, int, bool, bool]) -> None:
+    count, batch_size, shuffle, drop_last = case
     x, y = torch.arange(count), torch.arange(count) * 10
     batches = vdo.TensorBatches(x, y, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last)
     seen = list(batches)

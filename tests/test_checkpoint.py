@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import structures
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vdo as vdo
@@ -318,27 +319,8 @@ def test_any_change_of_the_bytes_is_noticed(choice: st.DataObject) -> None:
             checkpoint.from_bytes(bytes(content))
 
 
-LEAVES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(allow_nan=False),
-    st.text(max_size=5),
-    st.binary(max_size=0).map(str),
-)
-VALUES = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.lists(inner, max_size=3).map(tuple),
-        st.dictionaries(st.one_of(st.text(max_size=4), st.integers()), inner, max_size=3),
-    ),
-    max_leaves=10,
-)
-
-
 @settings(max_examples=100, deadline=None)
-@given(VALUES)
+@given(structures)
 def test_structures_survive(value: Any) -> None:
     back = checkpoint.from_bytes(checkpoint.to_bytes({"value": value}))["value"]
     assert back == value
