@@ -141,6 +141,8 @@ def linear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     x, weight, bias = bind(("input", "weight", "bias"), args, kwargs)
     if is_gaussian(x):
         return NotImplemented
+    if isinstance(x, Tensor) and x.device != weight.device:  # torch lets a meta tensor meet one of the CPU
+        raise RuntimeError(f"the data are on {x.device} and the weight on {weight.device}")
     if not is_gaussian(weight):
         mean = F.linear(x, weight)
         return add_bias(mean, torch.zeros_like(mean), bias)

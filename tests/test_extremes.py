@@ -349,7 +349,7 @@ def test_empty_batches() -> None:
 
 
 def test_many_sites() -> None:
-    """300 sites; the cost in their number is linear (measured with 10^5, see CHANGELOG)."""
+    """300 sites; the cost in their number is linear (benchmarks/many_sites.py takes 10^5)."""
     names, prior = [f"w{at}" for at in range(300)], vdo.LogUniform().expand([1, 1]).to_event(2)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
