@@ -81,6 +81,12 @@ def group_shape(group: Group, shape: torch.Size) -> torch.Size:
     return torch.Size(1 if dim in reduced else size for dim, size in enumerate(shape))
 
 
+def group_max(value: Tensor, group: Group, ndim: int) -> Tensor:
+    """Largest ``value`` of each group, kept broadcastable; dimensions left of the weight's ``ndim`` stay."""
+    dims = shared_dims(group, ndim)
+    return value.amax(dims, keepdim=True) if dims else value
+
+
 def group_mean(value: Tensor, group: Group, ndim: int) -> Tensor:
     """Mean of ``value`` over each group, kept broadcastable; dimensions left of the weight's ``ndim`` stay."""
     dims = shared_dims(group, ndim)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal, register_kl
 
 from pyro_vdo import fused
-from pyro_vdo.groups import group_mean
+from pyro_vdo.groups import group_max, group_mean
 from pyro_vdo.hierarchical import ScaledNormal
 from pyro_vdo.multiplicative import GaussianDropoutNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
@@ -32,7 +32,10 @@ def _normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
 
 def _bounded_log_alpha(loc: Tensor, scale: Tensor, largest: float) -> Tensor:
     """min(log alpha, largest), with gradient 0 and not nan at loc = 0."""
-    return 2 * (scale.log() - torch.maximum(loc.abs(), math.exp(-0.5 * largest) * scale).log())
+    size, one = loc.abs(), loc.new_ones(())
+    beyond = size <= math.exp(-0.5 * largest) * scale  # which may underflow to 0, as loc may be 0
+    inside = torch.where(beyond, one, scale).log() - torch.where(beyond, one, size).log()
+    return torch.where(beyond, largest, 2 * inside)
 
 
 def _molchanov(loc: Tensor, scale: Tensor) -> Tensor:
@@ -77,13 +80,18 @@ def _normal_empirical_bayes(q: Normal, p: EmpiricalBayesNormal) -> Tensor:
     """
     if p.group == "weight":
         return _half_log1p_square(q.loc, q.scale)
-    log_scale = _log_scale(q)
-    second, ndim, kept = q.loc.square() + q.scale.square(), p.weight_dim(q.loc.dim()), getattr(q, "kept", None)
+    log_scale, ndim, kept = _log_scale(q), p.weight_dim(q.loc.dim()), getattr(q, "kept", None)
+    # In units of the largest number of the group, whose square may be out of range.
+    size = torch.maximum(q.loc.detach().abs(), q.scale.detach())
+    unit = group_max(size if kept is None else size * kept, p.group, ndim)
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    second = (q.loc / unit).square() + (q.scale / unit).square()
     if kept is None:
-        return 0.5 * group_mean(second, p.group, ndim).log() - log_scale
+        return 0.5 * group_mean(second, p.group, ndim).log() + unit.log() - log_scale
     share = group_mean(kept.to(second.dtype), p.group, ndim).clamp(min=1 / kept.numel())
-    second = (group_mean(second * kept, p.group, ndim) / share).clamp(min=torch.finfo(second.dtype).tiny)
-    return torch.where(kept, 0.5 * second.log() - log_scale, torch.zeros_like(second))
+    second = torch.where(kept, second, torch.zeros_like(second))
+    second = (group_mean(second, p.group, ndim) / share).clamp(min=torch.finfo(second.dtype).tiny)
+    return torch.where(kept, 0.5 * second.log() + unit.log() - log_scale, torch.zeros_like(log_scale))
 
 
 def _log_scale(q: Normal) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from pyro_vdo import _compat, fused
 from pyro_vdo.drawn import PrunedDraw
-from pyro_vdo.groups import Group, check_group, group_mean, resolve_group, shared_dims
+from pyro_vdo.groups import Group, check_group, group_max, group_mean, resolve_group
 from pyro_vdo.layout import WeightLayout
 from pyro_vdo.weights import GaussianWeight, Undrawn, expected_log_prob
 
@@ -215,9 +215,7 @@ class EmpiricalBayesNormal(WeightPrior):
     def log_density(self, value: Tensor) -> Tensor:
         """Log density at real numbers with lambda at its optimum for them, lambda^2 = mean w^2 over the group."""
         # In units of the largest weight of the group, whose square may be out of range; +inf where all are 0.
-        dims = shared_dims(self.group, self.weight_dim(value.dim()))
-        unit = value.detach().abs()
-        unit = unit.amax(dims, keepdim=True) if dims else unit
+        unit = group_max(value.detach().abs(), self.group, self.weight_dim(value.dim()))
         square = torch.where(unit > 0, value / unit, torch.ones_like(value)).square()
         second = group_mean(square, self.group, self.weight_dim(value.dim()))
         log_second = second.log() + 2 * torch.where(unit > 0, unit, torch.zeros_like(unit)).log()

@@ -223,6 +223,26 @@ def test_empirical_bayes_where_the_ratio_overflows_squared(loc: float, scale: fl
     assert float(params[1].grad) * scale == pytest.approx(-(ratio**2) / (1 + ratio**2), rel=1e-4)
 
 
+@pytest.mark.parametrize("kl", ["exact", "molchanov", "kingma"])
+def test_gradient_of_the_kl_at_zero_with_a_tiny_scale(kl: Any) -> None:
+    loc, scale = torch.zeros(1, requires_grad=True), torch.full((1,), 2e-38, requires_grad=True)
+    torch.distributions.kl_divergence(torch.distributions.Normal(loc, scale), vdo.LogUniform(kl)).sum().backward()
+    assert float(loc.grad) == 0
+    assert float(scale.grad) == 0
+
+
+@pytest.mark.parametrize("group", ["input", "output", "layer"])
+@pytest.mark.parametrize("size", [2e-38, 1e-25, 1.0, 1e18])
+def test_empirical_bayes_of_groups_is_a_function_of_ratios(size: float, group: Any) -> None:
+    prior = vdo.EmpiricalBayesNormal(group).expand([3, 2])
+    loc, scale = torch.randn(3, 2), 0.1 + torch.rand(3, 2)
+    q = torch.distributions.Normal(size * loc, size * scale)
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(loc, scale), prior)
+    torch.testing.assert_close(torch.distributions.kl_divergence(q, prior), expected, rtol=1e-4, atol=1e-4)
+    log_prob = prior.log_prob(loc) - math.log(size)
+    torch.testing.assert_close(prior.log_prob(size * loc), log_prob, rtol=1e-4, atol=1e-4)
+
+
 # --------------------------------------------------------------------------- weights
 
 
