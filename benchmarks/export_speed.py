@@ -18,8 +18,8 @@ import torch
 from common import QUICK, Claim, interleave, lenet_5, lenet_300_100, ratio, report, summary
 from torch import Tensor, nn
 
+from pyro_vdo.compression.sparse_layers import SparseConv2d, SparseLinear, sparse_convolution_pays, sparse_linear_pays
 from pyro_vdo.export import prune_module
-from pyro_vdo.sparse_layers import SparseConv2d, SparseLinear, sparse_convolution_pays, sparse_linear_pays
 
 BATCHES = (1, 16, 256)
 ZEROS = 0.985

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pyro_vdo as vdo
-from pyro_vdo import distributed
+from pyro_vdo.loop import distributed
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

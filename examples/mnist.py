@@ -34,7 +34,7 @@ from networks import NETWORKS, count_weights, error, initialize, parts, wrong
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo.checkpoint import write_atomically
+from pyro_vdo.loop.checkpoint import write_atomically
 from pyro_vdo.shrink import shrink
 
 RECIPES = Path(__file__).parent / "recipes"

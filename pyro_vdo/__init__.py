@@ -3,39 +3,19 @@
 from importlib import import_module
 
 from pyro_vdo import kl as _kl  # noqa: F401  registers the divergences
-from pyro_vdo import rules_conv as _rules_conv  # noqa: F401  registers rules
-from pyro_vdo import rules_embedding as _rules_embedding  # noqa: F401  registers rules
-from pyro_vdo import rules_views as _rules_views  # noqa: F401  registers rules
 from pyro_vdo.batches import TensorBatches
-from pyro_vdo.checkpoint import CheckpointError, read_checkpoint
-from pyro_vdo.compact import compact_module
-from pyro_vdo.dependency import ExportError
-from pyro_vdo.dropout import BinaryDropout, GaussianDropout, alpha_of_rate, fast_dropout, rate_of_alpha
+from pyro_vdo.compression.compact import compact_module
+from pyro_vdo.compression.dependency import ExportError
+from pyro_vdo.compression.storage import ExportFileError, load, read_header, save
 from pyro_vdo.export import export, predict_three_ways, prune_module, reestimate_batch_norm
-from pyro_vdo.gaussian_dropout import AutoGaussianDropout
-from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, init_to_pretrained, register_posterior
-from pyro_vdo.handlers import local_reparameterization, scale_kl
-from pyro_vdo.hierarchical import HierarchicalNormal, ScaledNormal
-from pyro_vdo.history import EarlyStop, History
-from pyro_vdo.joint_optim import JointOptim
-from pyro_vdo.local_reparam import sample_linear, sample_normal
-from pyro_vdo.memory import release_pretrained
-from pyro_vdo.modules import to_bayesian
-from pyro_vdo.multiplicative import GaussianDropoutNormal
-from pyro_vdo.noise import UndrawnNoise, scale_units
-from pyro_vdo.objective import NumericalError
-from pyro_vdo.posteriors import FactorizedNormal
-from pyro_vdo.predictive import LocalPredictive
-from pyro_vdo.priors import EmpiricalBayesNormal, ImproperPriorError, LogUniform
-from pyro_vdo.relevance import SparsityTable, dropout_rate, log_alpha, masks, signal_to_noise, sparsity
-from pyro_vdo.run import Run
-from pyro_vdo.scale_mixtures import Horseshoe, ScaleMixtureNormal
-from pyro_vdo.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
-from pyro_vdo.special import use_compiled
-from pyro_vdo.storage import ExportFileError, load, read_header, save
-from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
-from pyro_vdo.training import fit
-from pyro_vdo.units import (
+from pyro_vdo.families.dropout import BinaryDropout, GaussianDropout, alpha_of_rate, fast_dropout, rate_of_alpha
+from pyro_vdo.families.gaussian_dropout import AutoGaussianDropout
+from pyro_vdo.families.hierarchical import HierarchicalNormal, ScaledNormal
+from pyro_vdo.families.multiplicative import GaussianDropoutNormal
+from pyro_vdo.families.noise import UndrawnNoise, scale_units
+from pyro_vdo.families.scale_mixtures import Horseshoe, ScaleMixtureNormal
+from pyro_vdo.families.structured import TruncatedLogNormal, TruncatedLogUniform
+from pyro_vdo.families.units import (
     UnitNoise,
     add_unit_noise,
     fold_unit_noise,
@@ -44,6 +24,26 @@ from pyro_vdo.units import (
     unit_scales,
     unit_signal_to_noise,
 )
+from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, init_to_pretrained, register_posterior
+from pyro_vdo.handlers import local_reparameterization, scale_kl
+from pyro_vdo.local_reparam import sample_linear, sample_normal
+from pyro_vdo.loop.checkpoint import CheckpointError, read_checkpoint
+from pyro_vdo.loop.history import EarlyStop, History
+from pyro_vdo.loop.joint_optim import JointOptim
+from pyro_vdo.loop.memory import release_pretrained
+from pyro_vdo.loop.objective import NumericalError
+from pyro_vdo.loop.run import Run
+from pyro_vdo.loop.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
+from pyro_vdo.modules import to_bayesian
+from pyro_vdo.posteriors import FactorizedNormal
+from pyro_vdo.predictive import LocalPredictive
+from pyro_vdo.priors import EmpiricalBayesNormal, ImproperPriorError, LogUniform
+from pyro_vdo.relevance import SparsityTable, dropout_rate, log_alpha, masks, signal_to_noise, sparsity
+from pyro_vdo.rules import convolution as _rules_conv  # noqa: F401  registers rules
+from pyro_vdo.rules import embedding as _rules_embedding  # noqa: F401  registers rules
+from pyro_vdo.rules import views as _rules_views  # noqa: F401  registers rules
+from pyro_vdo.special import use_compiled
+from pyro_vdo.training import fit
 from pyro_vdo.variables import ReuseError, ReuseWarning
 from pyro_vdo.weights import GaussianWeight, register_rule
 
@@ -54,7 +54,7 @@ _LAZY = {
     "diagnostics": "pyro_vdo.diagnostics",
     "from_pyro_svi": "pyro_vdo.io_arviz",
     "plots": "pyro_vdo.plots",
-    "summary": "pyro_vdo.weight_table",
+    "summary": "pyro_vdo.reports.weight_table",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vdo import fused
+from pyro_vdo.numerics import fused
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vdo import _compat
-from pyro_vdo.hierarchical import HierarchicalNormal
+from pyro_vdo.families.hierarchical import HierarchicalNormal
+from pyro_vdo.families.units import UnitNoise
 from pyro_vdo.layout import weight_layout
 from pyro_vdo.priors import EmpiricalBayesNormal, moved
-from pyro_vdo.units import UnitNoise
 
 #: what a weight may have: a distribution over one weight, or a declaration of several sites
 Prior = Distribution | HierarchicalNormal

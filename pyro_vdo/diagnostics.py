@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pyro_vdo import _arviz
+from pyro_vdo.reports import _arviz
 
 Array = np.ndarray[Any, Any]
 

@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_vdo import _compat
 from pyro_vdo import relevance as relevance_of
-from pyro_vdo.chains import shrink_chain
-from pyro_vdo.compact import compact_module, insert_selects
-from pyro_vdo.dependency import ExportError
-from pyro_vdo.hierarchical import PriorScales
+from pyro_vdo.compression.chains import shrink_chain
+from pyro_vdo.compression.compact import compact_module, insert_selects
+from pyro_vdo.compression.dependency import ExportError
+from pyro_vdo.compression.sparse_layers import sparsify
+from pyro_vdo.families.hierarchical import PriorScales
+from pyro_vdo.families.units import fold_unit_noise, unit_posteriors, unit_scales
 from pyro_vdo.modules import bayesian_weights, plain_class
-from pyro_vdo.sparse_layers import sparsify
-from pyro_vdo.units import fold_unit_noise, unit_posteriors, unit_scales
 
 FORMS = ("masked", "sparse", "compact", "compact+sparse")
 

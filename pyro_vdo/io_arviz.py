@@ -15,11 +15,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vdo import __version__, _arviz
-from pyro_vdo.draws import Sampler, evaluating
-from pyro_vdo.labels import Array, Labels, Part, array_of, dataset, safe
+from pyro_vdo import __version__
 from pyro_vdo.relevance import THRESHOLD
-from pyro_vdo.sites import Site, argument_names
+from pyro_vdo.reports import _arviz
+from pyro_vdo.reports.draws import Sampler, evaluating
+from pyro_vdo.reports.labels import Array, Labels, Part, array_of, dataset, safe
+from pyro_vdo.reports.sites import Site, argument_names
 
 _SAMPLES = ("chain", "draw")
 _LEAST_BUFFER, _MOST_BUFFER = 64 * 2**20, 2**30

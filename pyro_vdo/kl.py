@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal, register_kl
 
-from pyro_vdo import fused
+from pyro_vdo.families.hierarchical import ScaledNormal
+from pyro_vdo.families.multiplicative import GaussianDropoutNormal
+from pyro_vdo.families.scale_mixtures import NormalScaleMixture
+from pyro_vdo.families.structured import TruncatedLogNormal, TruncatedLogUniform
 from pyro_vdo.groups import group_max, group_mean
-from pyro_vdo.hierarchical import ScaledNormal
-from pyro_vdo.multiplicative import GaussianDropoutNormal
+from pyro_vdo.numerics import fused
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
-from pyro_vdo.scale_mixtures import NormalScaleMixture
 from pyro_vdo.special import normal_log_uniform_kl
-from pyro_vdo.structured import TruncatedLogNormal, TruncatedLogUniform
 
 
 def log_alpha(loc: Tensor, scale: Tensor) -> Tensor:

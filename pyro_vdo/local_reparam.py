@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vdo import _compat, fused
+from pyro_vdo import _compat
 from pyro_vdo.drawn import DrawnWeight
+from pyro_vdo.numerics import fused
 from pyro_vdo.weights import GaussianWeight, register_rule
 
 Arguments = tuple[Any, ...]

@@ -17,8 +17,8 @@ from torch.distributions import Distribution
 from pyro_vdo import _compat
 from pyro_vdo.declarations import Prior, WeightDeclaration
 from pyro_vdo.drawn import DrawnWeight
-from pyro_vdo.hierarchical import HierarchicalNormal
-from pyro_vdo.units import UnitNoise
+from pyro_vdo.families.hierarchical import HierarchicalNormal
+from pyro_vdo.families.units import UnitNoise
 from pyro_vdo.weights import Undrawn
 
 #: layers whose ``weight`` meets a function that has a rule

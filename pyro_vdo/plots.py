@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pyro_vdo import relevance
-from pyro_vdo.animation import Snapshots, animate
 from pyro_vdo.diagnostics import Calibration
-from pyro_vdo.images import INK, Array, clean, figure_axes, plot_filters, plot_patch, plot_relevance, sites_of
 from pyro_vdo.relevance import THRESHOLD
-from pyro_vdo.weight_table import summary
+from pyro_vdo.reports.animation import Snapshots, animate
+from pyro_vdo.reports.images import INK, Array, clean, figure_axes, plot_filters, plot_patch, plot_relevance, sites_of
+from pyro_vdo.reports.weight_table import summary
 
 __all__ = [
     "Snapshots",

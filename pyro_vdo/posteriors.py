@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_vdo import fused
 from pyro_vdo.blocks import Block, BlockWeight
 from pyro_vdo.drawn import PrunedDraw
+from pyro_vdo.numerics import fused
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight, Undrawn
 

@@ -12,10 +12,11 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_vdo import _compat, fused
+from pyro_vdo import _compat
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.groups import Group, check_group, group_max, group_mean, resolve_group
 from pyro_vdo.layout import WeightLayout
+from pyro_vdo.numerics import fused
 from pyro_vdo.weights import GaussianWeight, Undrawn, expected_log_prob
 
 KLKind = Literal["exact", "molchanov", "kingma"]

@@ -11,10 +11,10 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vdo import _compat
-from pyro_vdo.compact import compact_module
-from pyro_vdo.dependency import ExportError
+from pyro_vdo.compression.compact import compact_module
+from pyro_vdo.compression.dependency import ExportError
 from pyro_vdo.export import plain_module
-from pyro_vdo.hierarchical import HierarchicalNormal
+from pyro_vdo.families.hierarchical import HierarchicalNormal
 from pyro_vdo.modules import bayesian_weights, to_bayesian
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from pyro_vdo import _compat
-from pyro_vdo.history import EarlyStop, History
-from pyro_vdo.optimizers import Options
-from pyro_vdo.resume import Settings
-from pyro_vdo.run import Run
-from pyro_vdo.schedules import Schedule
+from pyro_vdo.loop.history import EarlyStop, History
+from pyro_vdo.loop.optimizers import Options
+from pyro_vdo.loop.resume import Settings
+from pyro_vdo.loop.run import Run
+from pyro_vdo.loop.schedules import Schedule
 
 
 def fit(

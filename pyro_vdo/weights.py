@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
-from pyro_vdo import _compat, fused
+from pyro_vdo import _compat
 from pyro_vdo.drawn import DrawnWeight
+from pyro_vdo.numerics import fused
 from pyro_vdo.variables import Places, ReusePolicy, Variable
 
 Rule = Callable[..., Any]

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pyro_vdo.checkpoint import MAGIC
+from pyro_vdo.loop.checkpoint import MAGIC
 
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2, 7, 255, 2**15, 2**31 - 1, 2**31, 2**40, 2**63, 10**30, 1.5, -0.0, 1e308, float("nan"),

@@ -16,9 +16,9 @@ import torch
 from hostile import damage, forge
 from torch import nn
 
+from pyro_vdo.compression.sparse_layers import sparsify
+from pyro_vdo.compression.storage import ExportFileError, from_bytes, to_bytes
 from pyro_vdo.export import prune_module
-from pyro_vdo.sparse_layers import sparsify
-from pyro_vdo.storage import ExportFileError, from_bytes, to_bytes
 
 MAX_SECONDS = 10.0
 MAX_GROWTH = 256 << 20

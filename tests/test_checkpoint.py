@@ -26,7 +26,7 @@ from strategies import structures
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vdo as vdo
-from pyro_vdo import checkpoint
+from pyro_vdo.loop import checkpoint
 from tests.small_run import BATCH, Case, data, options_of_a_long_run, rows, same
 
 # --------------------------------------------------------------------------- exact resume

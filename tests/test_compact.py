@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from strategies import masks_for, networks
 from torch import Tensor, nn
 
-from pyro_vdo.compact import compact_module
-from pyro_vdo.dependency import ExportError
+from pyro_vdo.compression.compact import compact_module
+from pyro_vdo.compression.dependency import ExportError
+from pyro_vdo.compression.sparse_layers import Select, sparsify
 from pyro_vdo.export import FORMS, prune_module
-from pyro_vdo.sparse_layers import Select, sparsify
 
 
 def close(a: Tensor, b: Tensor) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import masks_for, networks
 from torch import Tensor, nn
 
-from pyro_vdo.constancy import DataDependentError, known_inputs
+from pyro_vdo.compression.constancy import DataDependentError, known_inputs
 
 
 class Probe(nn.Module):

@@ -15,7 +15,8 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 import pyro_vdo as vdo
-from pyro_vdo import _arviz, diagnostics
+from pyro_vdo import diagnostics
+from pyro_vdo.reports import _arviz
 
 SIGMAS = 5.0
 

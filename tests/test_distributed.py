@@ -17,7 +17,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo import distributed
+from pyro_vdo.loop import distributed
 
 RANKS, BATCH, SIZE = 2, 6, 1200
 

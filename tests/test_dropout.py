@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import pyro_vdo as vdo
-from pyro_vdo.dropout import moments
+from pyro_vdo.families.dropout import moments
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.95])

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import pyro_vdo as vdo
+from pyro_vdo.compression.sparse_layers import SparseLinear
 from pyro_vdo.export import FORMS, export, plain_module, predict_three_ways, prune_module, reestimate_batch_norm
-from pyro_vdo.sparse_layers import SparseLinear
 
 
 def bayesian(net: nn.Module, *args: Any, seed: int = 0, **options: Any) -> tuple[Any, Any]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyro_vdo as vdo
-from pyro_vdo import _arviz
 from pyro_vdo.export import FORMS
+from pyro_vdo.reports import _arviz
 from pyro_vdo.special import normal_log_uniform_kl
 
 CONSTANT = "ignore:export. the network predicts a constant:UserWarning"

@@ -19,8 +19,8 @@ from pyro.infer import autoguide
 from torch import nn
 
 import pyro_vdo as vdo
-from pyro_vdo import _arviz
 from pyro_vdo.io_arviz import available_memory, from_pyro_svi
+from pyro_vdo.reports import _arviz
 
 SIGMAS = 5.0  # a bound of 5 standard errors fails by chance once in a million
 

@@ -15,7 +15,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch.distributions import kl_divergence
 
 import pyro_vdo as vdo
-from pyro_vdo.noise import UndrawnNoise, scale_units
+from pyro_vdo.families.noise import UndrawnNoise, scale_units
 from pyro_vdo.variables import ReuseError, ReusePolicy, Variable
 from tests.contract import Case, RuleContract
 

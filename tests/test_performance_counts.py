@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_vdo as vdo
-from pyro_vdo import fused, special
+from pyro_vdo import special
+from pyro_vdo.numerics import fused
 
 WIDTH = 64
 WEIGHTS = (WIDTH, WIDTH)

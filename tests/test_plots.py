@@ -18,7 +18,7 @@ from torch import nn
 
 import pyro_vdo as vdo
 from pyro_vdo import diagnostics, plots
-from pyro_vdo.images import INK, as_filters, tile
+from pyro_vdo.reports.images import INK, as_filters, tile
 
 
 @pytest.fixture(autouse=True)

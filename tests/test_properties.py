@@ -24,8 +24,8 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 import pyro_vdo as vdo
-from pyro_vdo import _arviz
 from pyro_vdo.export import FORMS, network_sites
+from pyro_vdo.reports import _arviz
 
 #: public name -> the properties that drive it
 DRIVEN: dict[str, list[Callable[..., Any]]] = {}

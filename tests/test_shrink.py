@@ -8,7 +8,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 import pyro_vdo as vdo
-from pyro_vdo.dependency import ExportError
+from pyro_vdo.compression.dependency import ExportError
 from pyro_vdo.export import export
 from pyro_vdo.shrink import shrink
 

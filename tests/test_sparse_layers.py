@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vdo import sparse_layers
-from pyro_vdo.sparse_layers import Select, SparseConv2d, SparseLinear, sparsify
+from pyro_vdo.compression import sparse_layers
+from pyro_vdo.compression.sparse_layers import Select, SparseConv2d, SparseLinear, sparsify
 
 
 def thin(layer: Any, density: float) -> Any:

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from strategies import Residual, masks_for, networks
 from torch import Tensor, nn
 
-from pyro_vdo import storage
+from pyro_vdo.compression import storage
+from pyro_vdo.compression.sparse_layers import SparseConv2d, SparseLinear, sparsify
+from pyro_vdo.compression.storage import ExportFileError, from_bytes, load, read_header, save, to_bytes
 from pyro_vdo.export import FORMS, prune_module
-from pyro_vdo.sparse_layers import SparseConv2d, SparseLinear, sparsify
-from pyro_vdo.storage import ExportFileError, from_bytes, load, read_header, save, to_bytes
 
 
 def lenet(density: float = 0.015) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -175,7 +175,7 @@ def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys, torch
-from pyro_vdo import storage
+from pyro_vdo.compression import storage
 real = os.fsync
 def fsync(handle):
     real(handle)

@@ -14,7 +14,7 @@ import torch
 from torch.distributions import kl_divergence
 
 import pyro_vdo as vdo
-from pyro_vdo import truncated, truncated_normal
+from pyro_vdo.numerics import truncated, truncated_normal
 
 DATA = Path(__file__).parent / "data" / "log_uniform_kl.json"
 ROWS = json.loads(DATA.read_text())["truncated_log_normal_vs_truncated_log_uniform"]["rows"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from pyro_vdo.truncated import (
+from pyro_vdo.numerics.truncated import (
     log_normal_cdf_difference,
     truncated_log_normal_kl,
     truncated_log_normal_moment,

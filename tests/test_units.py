@@ -13,7 +13,7 @@ from pyro.infer import Predictive
 from torch import nn
 
 import pyro_vdo as vdo
-from pyro_vdo.units import scale_inputs, scale_outputs
+from pyro_vdo.families.units import scale_inputs, scale_outputs
 
 
 def classifier(net):

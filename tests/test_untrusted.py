@@ -21,7 +21,7 @@ import torch
 from small_run import Case, clone, same
 
 import pyro_vdo as vdo
-from pyro_vdo import checkpoint, untrusted
+from pyro_vdo.loop import checkpoint, untrusted
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -15,8 +15,8 @@ from pyro.infer import autoguide
 from torch import nn
 
 import pyro_vdo as vdo
-from pyro_vdo import _arviz
-from pyro_vdo.structured import TruncatedLogUniform
+from pyro_vdo.families.structured import TruncatedLogUniform
+from pyro_vdo.reports import _arviz
 
 SIGMAS = 5.0
 

@@ -1,9 +1,9 @@
 """Removing dead inputs, neurons and channels for real, without a change of the outputs.
 
 A unit can go if no layer reads it any more. A layer stops reading a unit whose value does not depend on the data: its
-constant contribution moves into the bias. What is constant is found by :mod:`pyro_vdo.constancy`; which parameters
-belong to one unit, through branches, sums, pooling and flattening, by the dependency graph of torch-pruning (Fang et
-al. 2023, "DepGraph"). Both are checked against the outputs of the network in double precision.
+constant contribution moves into the bias. What is constant is found by :mod:`pyro_vdo.compression.constancy`; which
+parameters belong to one unit, through branches, sums, pooling and flattening, by the dependency graph of torch-pruning
+(Fang et al. 2023, "DepGraph"). Both are checked against the outputs of the network in double precision.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pyro_vdo.constancy import DataDependentError, known_inputs
-from pyro_vdo.dependency import (
+from pyro_vdo.compression.constancy import DataDependentError, known_inputs
+from pyro_vdo.compression.dependency import (
     CONVOLUTIONS,
     KNOWN,
     LAYERS,
@@ -31,7 +31,7 @@ from pyro_vdo.dependency import (
     rows,
     torch_pruning_module,
 )
-from pyro_vdo.sparse_layers import Select
+from pyro_vdo.compression.sparse_layers import Select
 
 #: a selection of inputs costs a pass over them, which pays when at least this part of them is dead
 DEAD_INPUTS = 0.2

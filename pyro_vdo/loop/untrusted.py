@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vdo.checkpoint import CheckpointError
+from pyro_vdo.loop.checkpoint import CheckpointError
 
 _ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, AssertionError)
 _KERNELS = ("fused", "foreach", "capturable", "differentiable")

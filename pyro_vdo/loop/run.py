@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from pyro_vdo import _compat, objective
+from pyro_vdo import _compat
 from pyro_vdo.batches import empty_argument
-from pyro_vdo.checkpoint import CheckpointError, CheckpointFile
+from pyro_vdo.families.units import unit_masks
 from pyro_vdo.handlers import scale_kl
-from pyro_vdo.history import History
-from pyro_vdo.objective import Batch, DataTerm, NumericalError
-from pyro_vdo.optimizers import make_optimizer
-from pyro_vdo.reproducible import Objects, called, preserved_random_state
-from pyro_vdo.resume import Resumable, Settings
-from pyro_vdo.turns import TURNS
-from pyro_vdo.units import unit_masks
+from pyro_vdo.loop import objective
+from pyro_vdo.loop.checkpoint import CheckpointError, CheckpointFile
+from pyro_vdo.loop.history import History
+from pyro_vdo.loop.objective import Batch, DataTerm, NumericalError
+from pyro_vdo.loop.optimizers import make_optimizer
+from pyro_vdo.loop.reproducible import Objects, called, preserved_random_state
+from pyro_vdo.loop.resume import Resumable, Settings
+from pyro_vdo.loop.turns import TURNS
 
 
 class Run(Resumable):

@@ -13,11 +13,11 @@ from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor
 from torch.distributions import Normal, transforms
 
-from pyro_vdo import _arviz
-from pyro_vdo.draws import Sampler, evaluating
-from pyro_vdo.labels import array_of
 from pyro_vdo.relevance import THRESHOLD
-from pyro_vdo.sites import SiteParameters, normal_parameters, own_parameters
+from pyro_vdo.reports import _arviz
+from pyro_vdo.reports.draws import Sampler, evaluating
+from pyro_vdo.reports.labels import array_of
+from pyro_vdo.reports.sites import SiteParameters, normal_parameters, own_parameters
 
 _NODES = 64  # of the quadrature: moments of polynomials up to degree 127 are exact
 _DRAWS = 10_000

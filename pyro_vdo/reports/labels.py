@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vdo.sites import Site
+from pyro_vdo.reports.sites import Site
 
 Array = np.ndarray[Any, Any]
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_vdo import _compat
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
-from pyro_vdo.sites import Site, guide_params, inspect_sites, plate_nesting, site_parameters, unwrapped
+from pyro_vdo.reports.sites import Site, guide_params, inspect_sites, plate_nesting, site_parameters, unwrapped
 from pyro_vdo.weights import Undrawn
 
 _PLATE = "_pyro_vdo_draws"

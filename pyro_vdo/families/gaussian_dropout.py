@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vdo.families.multiplicative import GaussianDropoutNormal
 from pyro_vdo.groups import Group, check_group, group_shape, resolve_group
 from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, _is_real, _registered, base_prior
-from pyro_vdo.multiplicative import GaussianDropoutNormal
 from pyro_vdo.variables import ReusePolicy
 
 
@@ -70,10 +70,12 @@ class AutoGaussianDropout(AutoFactorizedNormal):
     unit, and ``EmpiricalBayesNormal("input")`` with :class:`AutoFactorizedNormal` tells the weights of a group apart.
 
     :param model: a Pyro model.
-    :param alpha: variance of the noise, fixed or to start from, > 0; see :func:`pyro_vdo.dropout.alpha_of_rate`.
+    :param alpha: variance of the noise, fixed or to start from, > 0; see
+        :func:`pyro_vdo.families.dropout.alpha_of_rate`.
     :param learn_alpha: adapt alpha by gradient.
     :param group: what shares an alpha: ``"weight"``, ``"input"``, ``"output"``, ``"layer"``, or dimensions, see
-        :func:`pyro_vdo.groups.resolve_group`; or a mapping from site names to these, ``"weight"`` for all others.
+        :func:`pyro_vdo.groups.resolve_group`; or a mapping from site names to these, ``"weight"`` for all
+        others.
     :param max_alpha: upper bound of a learned alpha, to which it is projected at each step; the paper uses 1, beyond
         which its polynomial is not meant to be used. Sparsity needs None, no bound.
     :param options: as for :class:`AutoFactorizedNormal`; ``init_scale`` is for sites with a constrained support.

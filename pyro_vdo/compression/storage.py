@@ -19,10 +19,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_vdo import coding
-from pyro_vdo.architecture import ArchitectureError, build, describe
-from pyro_vdo.checkpoint import read_file, write_atomically
-from pyro_vdo.sparse_layers import Select, SparseConv2d, SparseLinear
+from pyro_vdo.compression import coding
+from pyro_vdo.compression.architecture import ArchitectureError, build, describe
+from pyro_vdo.compression.sparse_layers import Select, SparseConv2d, SparseLinear
+from pyro_vdo.loop.checkpoint import read_file, write_atomically
 
 FORMAT = "pyro-vdo export"
 VERSION = 1

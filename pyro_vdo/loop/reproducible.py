@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_vdo.checkpoint import CheckpointError
-from pyro_vdo.untrusted import check_generator, guarded
+from pyro_vdo.loop.checkpoint import CheckpointError
+from pyro_vdo.loop.untrusted import check_generator, guarded
 
 # --------------------------------------------------------------------------- random states
 

@@ -15,8 +15,8 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
-from pyro_vdo import truncated, truncated_normal
-from pyro_vdo.noise import UndrawnNoise
+from pyro_vdo.families.noise import UndrawnNoise
+from pyro_vdo.numerics import truncated, truncated_normal
 from pyro_vdo.posteriors import UndrawnEvent, _same
 from pyro_vdo.priors import WeightPrior
 from pyro_vdo.special import LOG_SQRT_2PI

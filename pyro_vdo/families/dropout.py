@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pyro_vdo.multiplicative import GaussianDropoutNormal
+from pyro_vdo.families.multiplicative import GaussianDropoutNormal
 
 
 def alpha_of_rate(p: float) -> float:

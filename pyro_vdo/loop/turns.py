@@ -10,7 +10,7 @@ from typing import Any
 import pyro
 
 from pyro_vdo import _compat
-from pyro_vdo.reproducible import random_state, seeded_state, set_random_state
+from pyro_vdo.loop.reproducible import random_state, seeded_state, set_random_state
 
 
 class Stream:

@@ -13,8 +13,8 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from pyro_vdo import _compat
-from pyro_vdo.checkpoint import CheckpointError
-from pyro_vdo.untrusted import check_optimizer, check_scheduler, guarded
+from pyro_vdo.loop.checkpoint import CheckpointError
+from pyro_vdo.loop.untrusted import check_optimizer, check_scheduler, guarded
 
 Options = Callable[[str], Mapping[str, Any]]
 

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 
-from pyro_vdo.images import INK, Array, as_filters, colour_limit, diverging, patch_of, shown, tile, weights_of
 from pyro_vdo.relevance import THRESHOLD
+from pyro_vdo.reports.images import INK, Array, as_filters, colour_limit, diverging, patch_of, shown, tile, weights_of
 
 
 @dataclass

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pyro_vdo import truncated
-from pyro_vdo.fused import is_composable_only, unrepeated
+from pyro_vdo.numerics import truncated
+from pyro_vdo.numerics.fused import is_composable_only, unrepeated
 from pyro_vdo.special import LOG_SQRT_2PI, SQRT_HALF
 
 _NEAR = 20.0  # at x, near formulas lose a factor x^4 of precision in the variance: 2e5 of 1e16

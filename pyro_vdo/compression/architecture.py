@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_vdo.sparse_layers import Select, SparseConv2d, SparseLinear
+from pyro_vdo.compression.sparse_layers import Select, SparseConv2d, SparseLinear
 
 MAX_MODULES = 10_000
 MAX_DEPTH = 50

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vdo.sparse_layers import ELEMENTWISE
+from pyro_vdo.compression.sparse_layers import ELEMENTWISE
 
 
 def flat_chain(module: nn.Module) -> list[nn.Module]:

@@ -10,14 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vdo import objective
-from pyro_vdo.checkpoint import CheckpointError, CheckpointFile
-from pyro_vdo.history import EarlyStop, History
-from pyro_vdo.objective import Batch
-from pyro_vdo.optimizers import Options, PyroOptimizer, TorchOptimizer
-from pyro_vdo.reproducible import Objects, called, load_buffers, preserved_random_state, random_state, set_random_state
-from pyro_vdo.schedules import Schedule
-from pyro_vdo.untrusted import check_fields, check_random_state, check_tensors
+from pyro_vdo.loop import objective
+from pyro_vdo.loop.checkpoint import CheckpointError, CheckpointFile
+from pyro_vdo.loop.history import EarlyStop, History
+from pyro_vdo.loop.objective import Batch
+from pyro_vdo.loop.optimizers import Options, PyroOptimizer, TorchOptimizer
+from pyro_vdo.loop.reproducible import (
+    Objects,
+    called,
+    load_buffers,
+    preserved_random_state,
+    random_state,
+    set_random_state,
+)
+from pyro_vdo.loop.schedules import Schedule
+from pyro_vdo.loop.untrusted import check_fields, check_random_state, check_tensors
 
 _FORMAT = 1
 

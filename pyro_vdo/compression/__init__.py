@@ -1,0 +1,1 @@
+"""From masks to smaller networks, and their files."""

@@ -1,0 +1,1 @@
+"""The dropout family: priors, posteriors, guides and layers beyond the weight with its own Normal."""

@@ -1,0 +1,1 @@
+"""Special functions and fused sums behind divergences and samples."""

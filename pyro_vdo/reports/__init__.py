@@ -1,0 +1,1 @@
+"""What ArviZ and matplotlib are given."""

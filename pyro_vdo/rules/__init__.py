@@ -1,0 +1,1 @@
+"""What maps do with undrawn weights, besides the linear ones of ``local_reparam``."""
