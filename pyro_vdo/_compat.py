@@ -324,6 +324,22 @@ def is_transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., Any] | None:
+    """``torch.compile`` of ``function`` after a first call; None where that fails, for want of a compiler say.
+
+    The first compilation in a process switches the validation of all distributions off, which is put back.
+    """
+    validation = Distribution._validate_args
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
+    try:
+        compiled(*args)
+    except Exception:  # whatever the reason, there is another way
+        return None
+    finally:
+        Distribution.set_default_validate_args(validation)
+    return compiled
+
+
 def owned_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The fresh ``tensor`` in another shape, without a base: autograd adds in place only to what owns its memory."""
     view: Tensor = torch.ops.aten._unsafe_view(tensor, shape)

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pyro_vdo import _compat
+
 __all__ = [
     "EULER_GAMMA",
     "dawson",
@@ -183,13 +185,7 @@ def _compiled_terms(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]
     device = loc.device.type
     flat = loc.detach().reshape(-1), scale.detach().reshape(-1)
     if device not in _compiled:
-        compiling = torch.compile(_composed_terms, dynamic=True, fullgraph=True)
-        try:
-            compiling(*flat)
-        except Exception:  # whatever the reason, there is another way
-            _compiled[device] = None
-        else:
-            _compiled[device] = compiling
+        _compiled[device] = _compat.compiled_or_none(_composed_terms, *flat)
     kernel = _compiled[device]
     if kernel is None:
         return None

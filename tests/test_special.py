@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import mpmath as mp
@@ -291,10 +293,30 @@ def test_traces_without_a_graph_break():
 
     loc = torch.linspace(-2, 2, 7, dtype=torch.float64, requires_grad=True)
     scale = torch.linspace(0.1, 1, 7, dtype=torch.float64, requires_grad=True)
+    validation = torch.distributions.Distribution._validate_args
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     expected = torch.autograd.grad(loss(loc, scale), (loc, scale))
     for got, want in zip(torch.autograd.grad(compiled(loc, scale), (loc, scale)), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
+    torch.distributions.Distribution.set_default_validate_args(validation)  # the first compilation switches it off
+
+
+FIRST_COMPILATION = """
+import functools, torch, pyro_vdo
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+loc = torch.randn(2**18, requires_grad=True)
+with pyro_vdo.use_compiled():
+    pyro_vdo.special.normal_log_uniform_kl(loc, torch.ones(2**18))
+    weight = pyro_vdo.FactorizedNormal(loc, log_scale=torch.zeros(2**18)).to_event(1).rsample()
+    pyro_vdo.LogUniform().expand([2**18]).to_event(1).log_prob(weight)
+assert pyro_vdo.special._compiled and pyro_vdo.numerics.fused._compiled
+assert None not in {*pyro_vdo.special._compiled.values(), *pyro_vdo.numerics.fused._compiled.values()}
+assert torch.distributions.Distribution._validate_args
+"""
+
+
+def test_the_first_compilation_leaves_validation_on():
+    subprocess.run([sys.executable, "-c", FIRST_COMPILATION], check=True)
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -231,13 +231,7 @@ def _best(chunked: Callable[..., Any], kernel: Callable[..., Any], *args: Any) -
         return chunked(*args)
     key = kernel.__name__, args[0].device
     if key not in _compiled:
-        compiled = torch.compile(kernel, dynamic=True, fullgraph=True)
-        try:
-            compiled(*args)
-        except Exception:  # whatever the reason, there is another way
-            _compiled[key] = None
-        else:
-            _compiled[key] = compiled
+        _compiled[key] = _compat.compiled_or_none(kernel, *args)
     return (_compiled[key] or chunked)(*args)
 
 
