@@ -1,10 +1,10 @@
 """How much faster networks run whose units were removed by structured pruning, dense against compact, on one thread.
 
 Sizes as published by Neklyudov et al. 2017 (table 1): 245-160-55 of LeNet-500-300 (inputs, first and second layer) and
-3-18-284-283 of LeNet-5 (filters of both convolutions, inputs and outputs of the first linear layer). The networks take
-the package's own way: ``add_unit_noise``, a guide, ``export(form="compact")``, which removes whole channels alone: 288
-of the 800 inputs stay, 4 of them with weights 0. Which units stay is drawn by chance, and no network is trained for it,
-as the time of a product does not depend on its numbers.
+3-18-284-283 of LeNet-5 (filters of both convolutions, inputs and outputs of the first linear layer); and those that
+``examples/mnist.py`` reached. The networks take the package's own way: ``add_unit_noise``, a guide,
+``export(form="compact")``, which removes whole channels and selects inputs. Which units stay is drawn by chance, and no
+network is trained for it, as the time of a product does not depend on its numbers.
 
 ``python benchmarks/structured_speed.py [--quick]`` writes ``benchmarks/results/structured_speed.json``.
 """
@@ -34,10 +34,20 @@ NETWORKS = {
         (784,),
         {"0.noise_in.weight": 245, "2.noise_in.weight": 160, "4.noise_in.weight": 55},
     ),
+    "LeNet-500-300, 209-144-63": (
+        lenet_500_300,
+        (784,),
+        {"0.noise_in.weight": 209, "2.noise_in.weight": 144, "4.noise_in.weight": 63},
+    ),
     "LeNet-5, 3-18-284-283": (
         lenet_5,
         (1, 28, 28),
         {"0.noise.weight": 3, "3.noise.weight": 18, "7.noise_in.weight": 284, "9.noise_in.weight": 283},
+    ),
+    "LeNet-5, 18-23-82-43": (
+        lenet_5,
+        (1, 28, 28),
+        {"0.noise.weight": 18, "3.noise.weight": 23, "7.noise_in.weight": 82, "9.noise_in.weight": 43},
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import tempfile
 import warnings
 from pathlib import Path
@@ -178,3 +179,7 @@ def test_importing_has_no_side_effect_on_torch_and_pyro() -> None:
     assert F.linear is torch._C._nn.linear
     for thing in (pyro.sample, pyro.param, pyro.infer.Trace_ELBO.loss_and_grads, torch.distributions.Normal.log_prob):
         assert thing.__module__.split(".")[0] in ("pyro", "torch")
+
+
+def test_the_version_is_told_once() -> None:
+    assert importlib.metadata.version("pyro-vdo") == vdo.__version__
