@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pyro_vdo as vdo
-from pyro_vdo.loop import distributed
+from pyro_vdo import distributed
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -67,6 +67,7 @@ def main() -> None:
             error = (vdo.export(net, guide)(x).argmax(-1) != y).float().mean().item()
         print(vdo.sparsity(guide))
         print(f"validation error {100 * error:.1f} %")
+    torch.distributed.barrier()  # no rank leaves while another one still works
     torch.distributed.destroy_process_group()
 
 

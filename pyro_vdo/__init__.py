@@ -33,7 +33,6 @@ from pyro_vdo.loop.joint_optim import JointOptim
 from pyro_vdo.loop.memory import release_pretrained
 from pyro_vdo.loop.objective import NumericalError
 from pyro_vdo.loop.run import Run
-from pyro_vdo.loop.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
 from pyro_vdo.modules import to_bayesian
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.predictive import LocalPredictive
@@ -42,6 +41,7 @@ from pyro_vdo.relevance import SparsityTable, dropout_rate, log_alpha, masks, si
 from pyro_vdo.rules import convolution as _rules_conv  # noqa: F401  registers rules
 from pyro_vdo.rules import embedding as _rules_embedding  # noqa: F401  registers rules
 from pyro_vdo.rules import views as _rules_views  # noqa: F401  registers rules
+from pyro_vdo.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
 from pyro_vdo.special import use_compiled
 from pyro_vdo.training import fit
 from pyro_vdo.variables import ReuseError, ReuseWarning

@@ -16,7 +16,7 @@ from pyro_vdo.loop.history import EarlyStop, History
 from pyro_vdo.loop.optimizers import Options
 from pyro_vdo.loop.resume import Settings
 from pyro_vdo.loop.run import Run
-from pyro_vdo.loop.schedules import Schedule
+from pyro_vdo.schedules import Schedule
 
 
 def fit(

@@ -17,7 +17,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo.loop import distributed
+from pyro_vdo import distributed
 
 RANKS, BATCH, SIZE = 2, 6, 1200
 
@@ -53,6 +53,7 @@ def rank_program(rank: int, folder: str) -> None:
             pyro.clear_param_store()
             results[name] = case(rank)
         Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
+        torch.distributed.barrier()  # gloo may abort a rank at its exit while another one still has its threads
     finally:
         torch.distributed.destroy_process_group()
 

@@ -23,8 +23,8 @@ from pyro_vdo.loop.reproducible import (
     random_state,
     set_random_state,
 )
-from pyro_vdo.loop.schedules import Schedule
 from pyro_vdo.loop.untrusted import check_fields, check_random_state, check_tensors
+from pyro_vdo.schedules import Schedule
 
 _FORMAT = 1
 

@@ -75,7 +75,7 @@ class DistributedOptim(PyroOptim):
                 raise RuntimeError(f"DistributedOptim: rank {rank} and rank {dist.get_rank()} differ in {odd}")
         if not self._checked and len({seed for _, seed in everyone}) < len(everyone):
             warnings.warn(
-                "two ranks have the same seed, and so the same noise; call pyro_vdo.loop.distributed.seed_rank(seed)",
+                "two ranks have the same seed, and so the same noise; call pyro_vdo.distributed.seed_rank(seed)",
                 UserWarning,
                 stacklevel=3,
             )
