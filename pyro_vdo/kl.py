@@ -16,7 +16,7 @@ from pyro_vdo.families.structured import TruncatedLogNormal, TruncatedLogUniform
 from pyro_vdo.groups import group_max, group_mean
 from pyro_vdo.numerics import fused
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
-from pyro_vdo.special import normal_log_uniform_kl
+from pyro_vdo.special import LOG_ABS_OFFSET, normal_log_uniform_kl
 
 
 def log_alpha(loc: Tensor, scale: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ def _molchanov(loc: Tensor, scale: Tensor) -> Tensor:
 def _kingma(loc: Tensor, scale: Tensor) -> Tensor:
     """The polynomial fit -log(alpha)/2 - c1 a - c2 a^2 - c3 a^3 for alpha <= 1 (Kingma et al. 2015, eq. 12).
 
-    Above alpha = 1 it stays constant (the paper clips alpha to 1); normalised to the exact KL as alpha tends to 0.
+    Above alpha = 1 it stays constant (the paper clips alpha to 1); normalised to the exact KL as alpha tends to 0,
+    where KL + log(alpha) / 2 is (gamma + log 2) / 2.
     """
     la = _bounded_log_alpha(loc, scale, 0.0)
     alpha = la.exp()
-    return _KL_AT_ZERO - 0.5 * la - 1.16145124 * alpha + 1.50204118 * alpha**2 - 0.58629921 * alpha**3
+    return LOG_ABS_OFFSET - 0.5 * la - 1.16145124 * alpha + 1.50204118 * alpha**2 - 0.58629921 * alpha**3
 
 
-_KL_AT_ZERO = 0.6351814227307391  # (gamma + log 2) / 2, the limit of KL + log(alpha) / 2
 _LOG_UNIFORM_KLS = {"exact": normal_log_uniform_kl, "molchanov": _molchanov, "kingma": _kingma}
 
 

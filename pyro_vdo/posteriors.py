@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from pyro_vdo.blocks import Block, BlockWeight
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.numerics import fused
+from pyro_vdo.special import LOG_SQRT_2PI
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight, Undrawn
 
@@ -206,7 +207,7 @@ class UndrawnEvent(dist.Independent):
 def _normal_log_prob(self: dist.Normal, value: Tensor) -> Tensor:
     scale = fused.widened(self.scale)
     distance = (fused.widened(value) - fused.widened(self.loc)) / scale
-    return -0.5 * distance.square() - scale.log() - 0.9189385332046727
+    return -0.5 * distance.square() - scale.log() - LOG_SQRT_2PI
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -217,4 +218,4 @@ def _expected_normal_log_prob(self: FactorizedNormal, value: Undrawn) -> Tensor:
     """E log Normal(w; loc, scale) for w from another law: -E(w - loc)^2 / 2 scale^2 - log scale - log(2 pi) / 2."""
     law = value.law()
     square = (law.mean - self.loc).square() + law.variance
-    return -0.5 * square / self.scale.square() - self.scale.log() - 0.9189385332046727
+    return -0.5 * square / self.scale.square() - self.scale.log() - LOG_SQRT_2PI

@@ -17,6 +17,7 @@ from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.groups import Group, check_group, group_max, group_mean, resolve_group
 from pyro_vdo.layout import WeightLayout
 from pyro_vdo.numerics import fused
+from pyro_vdo.special import LOG_ABS_OFFSET
 from pyro_vdo.weights import GaussianWeight, Undrawn, expected_log_prob
 
 KLKind = Literal["exact", "molchanov", "kingma"]
@@ -24,7 +25,7 @@ KL_KINDS: tuple[KLKind, ...] = ("exact", "molchanov", "kingma")
 
 # E log|w| = KL + log sigma - (gamma + log 2) / 2 (special.py) and E log q = -log sigma - (1 + log 2 pi) / 2: their sum
 # is KL + c, so that log p(w) = -log|w| + c makes the Monte Carlo average of log q - log p equal the registered KL.
-_LOG_UNIFORM_CONSTANT = -0.5 * (1 + math.log(2 * math.pi)) - 0.5 * (0.5772156649015329 + math.log(2))
+_LOG_UNIFORM_CONSTANT = -fused.ENTROPY_CONSTANT - LOG_ABS_OFFSET
 
 
 def moved(prior: Any, like: Tensor) -> Any:

@@ -15,6 +15,7 @@ from pyro_vdo import _compat
 from pyro_vdo.groups import Group, group_shape, resolve_group
 from pyro_vdo.layout import weight_layout
 from pyro_vdo.priors import WeightPrior, moved
+from pyro_vdo.special import LOG_SQRT_2PI
 
 _GROUPS: tuple[Group, ...] = ("layer", "input", "output", "weight")
 
@@ -41,7 +42,7 @@ class ScaledNormal(WeightPrior):
 
     def log_density(self, value: Tensor) -> Tensor:
         """Log density at real numbers."""
-        return -0.5 * (value / self.scale).square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
+        return -0.5 * (value / self.scale).square() - self.scale.log() - LOG_SQRT_2PI
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:  # type: ignore[override]
         """scale times a standard Normal number."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_vdo.priors import WeightPrior
-from pyro_vdo.special import EULER_GAMMA
+from pyro_vdo.special import EULER_GAMMA, LOG_SQRT_2PI
 
 _SPLIT = 2.0
 
@@ -82,7 +82,7 @@ class ScaleMixtureNormal(NormalScaleMixture):
     def log_density_of_square(self, square: Tensor) -> Tensor:
         """log sum_k pi_k Normal(sqrt(square); 0, s_k^2)."""
         terms = [
-            math.log(weight / scale) - 0.5 * math.log(2 * math.pi) - square / (2 * scale**2)
+            math.log(weight / scale) - LOG_SQRT_2PI - square / (2 * scale**2)
             for scale, weight in zip(self.scales, self.weights, strict=True)
         ]
         return torch.stack(terms).logsumexp(0)

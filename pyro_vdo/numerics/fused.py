@@ -35,7 +35,7 @@ _SMALLEST_COMPILED = 2**14
 def is_composable_only(*tensors: Tensor) -> bool:
     """True while something traces or transforms: then only ordinary torch functions will do."""
     return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined]
+        _compat.is_tracing()
         or torch.compiler.is_compiling()
         or _compat.is_transforming()
         or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
