@@ -8,6 +8,8 @@ from pyro_vdo.compression.compact import compact_module
 from pyro_vdo.compression.dependency import ExportError
 from pyro_vdo.compression.storage import ExportFileError, load, read_header, save
 from pyro_vdo.export import export, predict_three_ways, prune_module, reestimate_batch_norm
+from pyro_vdo.families.correlated import CorrelatedNormal
+from pyro_vdo.families.correlated_guide import AutoCorrelatedNormal
 from pyro_vdo.families.dropout import BinaryDropout, GaussianDropout, alpha_of_rate, fast_dropout, rate_of_alpha
 from pyro_vdo.families.gaussian_dropout import AutoGaussianDropout
 from pyro_vdo.families.hierarchical import HierarchicalNormal, ScaledNormal
@@ -58,10 +60,12 @@ _LAZY = {
 }
 
 __all__ = [
+    "AutoCorrelatedNormal",
     "AutoFactorizedNormal",
     "AutoGaussianDropout",
     "BinaryDropout",
     "CheckpointError",
+    "CorrelatedNormal",
     "EarlyStop",
     "EmpiricalBayesNormal",
     "ExportError",

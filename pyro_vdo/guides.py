@@ -315,7 +315,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
                     value = _compat.param_statement(part, full_name, value)
             if value is None:
                 return None
-            return pyro.subsample(value, event_dim=event_dim) if subsampled else value
+            more = value.dim() - part.loc.dim()  # a covariance has a dimension more
+            return pyro.subsample(value, event_dim=event_dim + more) if subsampled else value
 
         return part.posterior(read, base_prior(site["fn"]), name, self.policy)
 

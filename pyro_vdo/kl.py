@@ -7,8 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Normal, register_kl
+from torch.distributions import Distribution, Normal, kl_divergence, register_kl
 
+from pyro_vdo.families.correlated import CorrelatedNormal
 from pyro_vdo.families.hierarchical import ScaledNormal
 from pyro_vdo.families.multiplicative import GaussianDropoutNormal
 from pyro_vdo.families.scale_mixtures import NormalScaleMixture
@@ -142,3 +143,18 @@ def _normal_scale_mixture(q: Normal, p: NormalScaleMixture) -> Tensor:
     kl: Tensor = -q.entropy() - p.log_density_of_square(q.loc.square() + q.scale.square())
     kept = getattr(q, "kept", None)
     return kl if kept is None else kl * kept
+
+
+def _correlated(q: CorrelatedNormal, p: Distribution) -> Tensor:
+    """Elementwise by the chain rule: the KL of the marginal, and log of its scale over the conditional one.
+
+    The prior is factorised, so that E log p(w) needs the marginals only; the sum over a row of what is added is the
+    total correlation, which no factorised posterior has.
+    """
+    excess = q.scale.log() - q.log_conditional
+    excess = excess if q.kept is None else excess * q.kept
+    return kl_divergence(q.marginals(), p) + excess
+
+
+for _prior in (Normal, LogUniform, EmpiricalBayesNormal, ScaledNormal, NormalScaleMixture):
+    register_kl(CorrelatedNormal, _prior)(_correlated)

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_vdo import _compat
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.numerics import fused
-from pyro_vdo.weights import GaussianWeight, register_rule
+from pyro_vdo.weights import GaussianWeight, Undrawn, register_rule
 
 Arguments = tuple[Any, ...]
 
@@ -95,7 +95,7 @@ def variance_of(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Ga
     return apply(x * x, weight.variance)
 
 
-def refuse_not_finite(out: Tensor, weight: GaussianWeight, *xs: Tensor) -> None:
+def refuse_not_finite(out: Tensor, weight: Any, *xs: Tensor) -> None:
     """Say where nan and inf come from first, while Pyro validates. Not on a GPU, which would wait for each layer."""
     if out.device.type != "cpu" or not _compat.validation_is_on() or bool(out.detach().sum().isfinite()):
         return
@@ -184,19 +184,31 @@ def linear_over_batch(x: Tensor, weight: Tensor) -> Tensor:
                Tensor.mv, torch.bmm, Tensor.bmm, torch.dot, Tensor.dot, torch.inner, Tensor.inner)  # fmt: skip
 def matmul(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """``x @ w``, ``w @ x`` and their spellings; two undrawn operands are drawn."""
+    operands = matmul_operands(func, args, kwargs)
+    if operands is None:
+        return NotImplemented
+    x, weight, left, apply = operands
+    if not left and is_particle_vector(func, weight):
+        return linear(F.linear, (x, weight.unsqueeze(-2)), {}).squeeze(-1)
+    return NotImplemented if is_local(weight, left) else sample_linear(apply, x, weight)
+
+
+def matmul_operands(func: Any, args: Arguments, kwargs: dict[str, Any]) -> tuple[Any, Any, bool, Any] | None:
+    """(data, weight, whether the weight is on the left, product(data, weight)); None unless one operand is undrawn."""
     a, b = args if len(args) == 2 else bind(_MATMUL_NAMES.get(func, ("input", "other")), args, kwargs)
-    if is_gaussian(a) == is_gaussian(b):
-        return NotImplemented
-    weight, x = (a, b) if is_gaussian(a) else (b, a)
-    left = (weight is a) != (func is Tensor.__rmatmul__)
-    if not left and func in _MATMULS and weight.event_dim == 1 and weight.dim() > 1 and weight.shape[-2] == 1:
-        return linear(F.linear, (x, _as_row(weight)), {}).squeeze(-1)  # particles of a vector: (S, 1, p) with (N, p)
-    if _is_local(weight, left):
-        return NotImplemented
-    return sample_linear(lambda x, w: func(w, x) if weight is a else func(x, w), x, weight)
+    if isinstance(a, Undrawn) == isinstance(b, Undrawn):
+        return None
+    if isinstance(a, Undrawn):
+        return b, a, func is not Tensor.__rmatmul__, lambda x, w: func(w, x)
+    return a, b, func is Tensor.__rmatmul__, func
 
 
-def _is_local(weight: GaussianWeight, left: bool) -> bool:
+def is_particle_vector(func: Any, weight: Any) -> bool:
+    """True for particles of a vector, (S, 1, p), on the right: with data (N, p) they make (S, N)."""
+    return func in _MATMULS and weight.event_dim == 1 and weight.dim() > 1 and weight.shape[-2] == 1
+
+
+def is_local(weight: Any, left: bool) -> bool:
     """True for latent vectors of a plate, such as a code for each data point: the outputs of one point share it."""
     vectors = weight.variable.batch_dim > 0 and weight.event_dim is not None and weight.event_dim < 2
     return vectors and (left or bool(weight.places))
@@ -207,11 +219,6 @@ _MATMUL_NAMES: dict[Any, tuple[str, ...]] = {torch.mm: ("input", "mat2"), torch.
                                              torch.bmm: ("input", "mat2"), torch.dot: ("input", "tensor")}  # fmt: skip
 
 
-def _as_row(weight: GaussianWeight) -> GaussianWeight:
-    """(*batch, p) -> (*batch, 1, p)."""
-    return weight.derived(weight.loc.unsqueeze(-2), weight.scale.unsqueeze(-2), lambda w: w.unsqueeze(-2), event_dim=2)
-
-
 @register_rule(torch.addmm, Tensor.addmm, torch.addmv, Tensor.addmv, torch.baddbmm, Tensor.baddbmm)
 def addmm(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """``beta * bias + alpha * (a @ b)`` with one undrawn factor."""
@@ -220,7 +227,7 @@ def addmm(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
     x, weight = (a, b) if is_gaussian(b) else (b, a)
-    if _is_local(weight, left=weight is a):
+    if is_local(weight, left=weight is a):
         return NotImplemented
     product = (lambda x, w: torch.matmul(x, w)) if is_gaussian(b) else (lambda x, w: torch.matmul(w, x))
     return sample_linear(product, x, weight * alpha, bias * beta)

@@ -194,6 +194,24 @@ def test_proper_priors_agree_with_64_bits(scale: float, data: st.DataObject) -> 
         assert bool((exact > -1e-5).all())
 
 
+@drives("CorrelatedNormal", examples=40)
+@given(strategies.normals((2, 3)), strategies.priors, st.floats(-3, 3))
+def test_a_covariance_costs_nats(params: tuple[Tensor, Tensor], prior: Any, join: float) -> None:
+    """The KL of a row is that of its marginals and the total correlation, -log det(correlation matrix) / 2."""
+    loc, scale = wide(*params)
+    if not bool(torch.isfinite(loc / scale).all()):  # the marginals' own test has these
+        return
+    lower = torch.eye(3, dtype=torch.float64) + join * torch.ones(3, 3, dtype=torch.float64).tril(-1)
+    unit = lower / lower.norm(dim=-1, keepdim=True)
+    q = vdo.CorrelatedNormal(loc, scale.unsqueeze(-1) * unit)
+    torch.testing.assert_close(q.scale, scale)
+    p = prior.expand([2, 3])
+    marginal = kl_divergence(Normal(loc, scale, validate_args=False), p).sum(-1)
+    expected = marginal - unit.diagonal().log().sum()
+    torch.testing.assert_close(kl_divergence(q, p).sum(-1), expected, rtol=1e-9, atol=1e-9)
+    assert bool(q.rsample().draw().isfinite().all())
+
+
 @drives("TruncatedLogNormal", "TruncatedLogUniform", examples=40)
 @given(st.floats(-25, 3), st.sampled_from([1e-3, 0.1, 1.0, 30.0]), st.floats(0.5, 20), st.floats(-2, 2))
 def test_truncated_laws(loc: float, scale: float, length: float, b: float) -> None:
@@ -414,7 +432,9 @@ def test_statistics_of_batch_norm(width: int, data: st.DataObject) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:export. the network predicts a constant:UserWarning")
-@drives("AutoFactorizedNormal", "AutoGaussianDropout", "init_to_pretrained", "release_pretrained")
+@drives(
+    "AutoCorrelatedNormal", "AutoFactorizedNormal", "AutoGaussianDropout", "init_to_pretrained", "release_pretrained"
+)
 @given(strategies.tensors((3, 2), magnitudes=(0.0, 1e-30, 1e-3, 1.0, 1e10)), st.sampled_from([1e-30, 0.01, 1e10]))
 def test_guides_start_at_the_network(weight: Tensor, scale: float) -> None:
     layer = nn.Linear(2, 3, bias=False).to(weight.dtype)
@@ -424,6 +444,7 @@ def test_guides_start_at_the_network(weight: Tensor, scale: float) -> None:
         partial(vdo.AutoFactorizedNormal, init_scale=scale),
         partial(vdo.AutoFactorizedNormal, init_loc_fn=vdo.init_to_pretrained(fallback=None), init_scale=scale),
         partial(vdo.AutoGaussianDropout, alpha=0.5),
+        partial(vdo.AutoCorrelatedNormal, init_scale=scale),
     ]
     for kind in kinds:
         program = strategies.Trained(layer, x, {"prior": vdo.LogUniform()}, kind)

@@ -18,20 +18,20 @@ def _resolve(names: str) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-_VIEWS = _resolve("""
+VIEWS = _resolve("""
     t transpose permute reshape view view_as reshape_as flatten unflatten squeeze unsqueeze movedim moveaxis swapaxes
     swapdims narrow select chunk split tensor_split unbind flip ravel adjoint diagonal
     expand expand_as broadcast_to index_select __getitem__
 """) + [getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")]
 # These may repeat an element, which one map must not use as two.
 _MAY_REPEAT = frozenset(_resolve("expand expand_as broadcast_to index_select __getitem__"))
-_CASTS = [
+CASTS = [
     *_resolve("to float double half bfloat16 type type_as cpu cuda contiguous clone detach alias"),
     Tensor.data.__get__,  # type: ignore[attr-defined]
 ]
 
 
-@register_rule(*_VIEWS)
+@register_rule(*VIEWS)
 def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Views and indexing apply to loc and scale alike; a view that repeats an element is drawn."""
     weight = args[0] if args else None
@@ -80,7 +80,7 @@ def iterate(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Iterator[Gaus
     return iter(args[0].unbind(0))
 
 
-@register_rule(*_CASTS)
+@register_rule(*CASTS)
 def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Casts, moves and copies leave each element where it is."""
     weight, *rest = args
