@@ -8,7 +8,8 @@ likelihood and calibration belong to the weights that are counted as kept. "weig
 hardware multiplies. The time of a step is that of the processor, on one thread.
 
 Rates and scales were chosen on the validation digits (``--tune`` prints them); the test set is for the table alone.
-Run: ``python examples/dropout_family.py`` (three minutes on one core; ``--steps 300`` for a quick look).
+Run: ``python examples/dropout_family.py`` (three minutes on one core; ``--steps 300`` for a quick look, ``--seeds 5``
+for means over seeds, of initial weights, noise and batches).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -40,16 +42,28 @@ SPLITS = {"train": slice(0, 1_000), "validation": slice(1_000, 1_297), "test": s
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One line of the table; the mean over the seeds, and the standard deviation of the error."""
 
     name: str
     source: str
     error: float
     nll: float
     calibration_error: float
-    weights: int
-    size: int
+    weights: float
+    size: float
     step_ms: float
+    error_sd: float | None = None
+    seeds: int = 1
+
+    @classmethod
+    def mean(cls, rows: list[Row]) -> Row:
+        """One row for those of several seeds."""
+        numbers = {
+            name: statistics.fmean(getattr(row, name) for row in rows)
+            for name in ("error", "nll", "calibration_error", "weights", "size", "step_ms")
+        }
+        sd = statistics.stdev(row.error for row in rows) if len(rows) > 1 else None
+        return cls(rows[0].name, rows[0].source, **numbers, error_sd=sd, seeds=len(rows))
 
 
 @dataclass
@@ -90,12 +104,12 @@ def network(between: Callable[[int], nn.Module] | None = None) -> nn.Sequential:
 # --------------------------------------------------------------------------- the two ways to train
 
 
-def train_plain(net: nn.Module, steps: int) -> tuple[nn.Module, float]:
+def train_plain(net: nn.Module, steps: int, seed: int) -> tuple[nn.Module, float]:
     """Maximum likelihood with whatever noise is in the layers."""
     x, y = digits("train")
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     start = time.process_time()
-    for batch in batches(len(x), steps):
+    for batch in batches(len(x), steps, seed):
         optimizer.zero_grad()
         F.cross_entropy(net(x[batch]), y[batch]).backward()
         optimizer.step()
@@ -103,7 +117,7 @@ def train_plain(net: nn.Module, steps: int) -> tuple[nn.Module, float]:
     return net.eval(), 1e3 * (time.process_time() - start) / steps
 
 
-def train_bayesian(net: nn.Module, member: Member, steps: int) -> tuple[nn.Module, float]:
+def train_bayesian(net: nn.Module, member: Member, steps: int, seed: int) -> tuple[nn.Module, float]:
     """SVI with a KL that warms up over the first half; returns the compact network that is left."""
     x, y = digits("train")
     index = torch.arange(BATCH)  # spares a permutation of all images in each step
@@ -118,7 +132,7 @@ def train_bayesian(net: nn.Module, member: Member, steps: int) -> tuple[nn.Modul
     svi = SVI(model, guide, optimizer, loss=Trace_ELBO())
     warm = vdo.scale_kl(lambda step: member.kl_weight * min(1.0, 2 * step / steps))
     start = time.process_time()
-    for batch in batches(len(x), steps):
+    for batch in batches(len(x), steps, seed):
         with warm:
             svi.step(x[batch], y[batch])
         warm.step()
@@ -138,9 +152,9 @@ def decay(optimizer: Any, steps: int) -> None:
         group["lr"] *= 0.05 ** (1 / steps)
 
 
-def batches(count: int, steps: int) -> list[Tensor]:
+def batches(count: int, steps: int, seed: int) -> list[Tensor]:
     """Indices of the batches of all steps, epoch after epoch."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed + 1)
     epochs = math.ceil(steps * BATCH / count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
     return list(order.split(BATCH)[:steps])
@@ -229,20 +243,29 @@ def evaluate(name: str, source: str, net: nn.Module, step_ms: float, split: str)
     )
 
 
-def run(members: list[Member], steps: int, split: str) -> list[Row]:
+def train(member: Member, steps: int, split: str, seed: int) -> Row:
+    """Train and evaluate one member."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    net = member.build()
+    if member.guide is None:
+        trained, step_ms = train_plain(net, steps, seed)
+    else:
+        trained, step_ms = train_bayesian(net, member, steps, seed)
+    return evaluate(member.name, member.source, trained, step_ms, split)
+
+
+def run(members: list[Member], steps: int, split: str, seeds: int = 1) -> list[Row]:
     """Train and evaluate the members, and print the table as it grows."""
-    print(f"{'':26}{'error %':>8}{'NLL':>8}{'ECE %':>7}{'weights':>9}{'size':>8}{'ms/step':>9}   source")
+    print(f"{'':26}{'error %':>8}{'+-':>6}{'NLL':>8}{'ECE %':>7}{'weights':>9}{'size':>8}{'ms/step':>9}   source")
     rows = []
     for member in members:
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        net = member.build()
-        trained, step_ms = train_plain(net, steps) if member.guide is None else train_bayesian(net, member, steps)
-        row = evaluate(member.name, member.source, trained, step_ms, split)
+        row = Row.mean([train(member, steps, split, seed) for seed in range(seeds)])
         rows.append(row)
+        sd = "" if row.error_sd is None else f"{row.error_sd:.2f}"
         print(
-            f"{row.name:26}{row.error:8.2f}{row.nll:8.3f}{row.calibration_error:7.2f}{row.weights:9,}{row.size:8,}"
-            f"{row.step_ms:9.1f}   {row.source}",
+            f"{row.name:26}{row.error:8.2f}{sd:>6}{row.nll:8.3f}{row.calibration_error:7.2f}"
+            f"{row.weights:9,.0f}{row.size:8,.0f}{row.step_ms:9.1f}   {row.source}",
             flush=True,
         )
     return rows
@@ -252,13 +275,14 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="One table for the whole dropout family")
     parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--seeds", type=int, default=1, help="average over so many")
     parser.add_argument("--tune", action="store_true", help="evaluate on the validation digits")
     parser.add_argument("--only", default="", help="members whose name contains this")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     members = [member for member in MEMBERS if options.only in member.name]
-    rows = run(members, options.steps, "validation" if options.tune else "test")
+    rows = run(members, options.steps, "validation" if options.tune else "test", options.seeds)
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

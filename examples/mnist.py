@@ -16,6 +16,7 @@ import math
 import platform
 import sys
 import time
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     # Each phase: epochs, lr; schedules as [[fraction of the phase, value], ...]: "lr_factor", "kl", and "prune", the
     # log alpha at which weights are set to zero for good from the first fraction on; "clip" (log alpha, for the pass
-    # only); "noise_lr" (of the noise on units); "input_dropout"; "shift" (pixels); "clip_grad"; "shrink": true to drop
-    # dead units before the phase.
+    # only); "site_kl": {layer: factor}, on top of "kl", for layers whose units or weights cost more than others;
+    # "noise_lr" (of the noise on units); "input_dropout"; "shift" (pixels); "clip_grad"; "shrink": true to drop dead
+    # units before the phase.
     "phases": [{"name": "train", "epochs": 60, "lr": 3e-3, "lr_factor": [[0.2, 1], [1, 0]], "kl": [[0, 0], [0.2, 1]]}],
 }
 PHASE_KEYS = {
@@ -65,6 +67,7 @@ PHASE_KEYS = {
     "noise_lr",
     "lr_factor",
     "kl",
+    "site_kl",
     "prune",
     "clip",
     "input_dropout",
@@ -171,24 +174,30 @@ class Program:
         def validate() -> dict[str, float]:
             return {f"error_{t:g}": self.error(t, *held_out) for t in self.thresholds}
 
-        return vdo.fit(
-            self.model,
-            self.guide,
-            vdo.TensorBatches(x, y, batch_size=recipe["batch_size"], transform=augmentation(phase)),
-            epochs=epochs,
-            lr=phase["lr"],
-            param_options=lambda name: {"lr": phase["noise_lr"]} if "noise" in name and "noise_lr" in phase else {},
-            lr_schedule=schedule(phase.get("lr_factor", [[0, 1]]), epochs),
-            kl_weight=schedule(phase.get("kl", [[0, 1]]), epochs),
-            prune=pruning(phase["prune"], epochs) if "prune" in phase else None,
-            threshold=min(self.thresholds),
-            clip_grad=phase.get("clip_grad"),
-            validate=validate if len(held_out[0]) else None,
-            validate_every=recipe["validate_every"],
-            checkpoint=path,
-            seed=recipe["seed"] + 1000 * at,
-            progress=progress,
-        )
+        with ExitStack() as stack:
+            for layer, factor in phase.get("site_kl", {}).items():
+                sites = [site for site in self.guide.site_names() if site.startswith(f"{layer}.")]
+                if not sites:
+                    raise SystemExit(f"site_kl names '{layer}'; the sites are {self.guide.site_names()}")
+                stack.enter_context(vdo.scale_kl(factor, sites=sites))
+            return vdo.fit(
+                self.model,
+                self.guide,
+                vdo.TensorBatches(x, y, batch_size=recipe["batch_size"], transform=augmentation(phase)),
+                epochs=epochs,
+                lr=phase["lr"],
+                param_options=lambda name: {"lr": phase["noise_lr"]} if "noise" in name and "noise_lr" in phase else {},
+                lr_schedule=schedule(phase.get("lr_factor", [[0, 1]]), epochs),
+                kl_weight=schedule(phase.get("kl", [[0, 1]]), epochs),
+                prune=pruning(phase["prune"], epochs) if "prune" in phase else None,
+                threshold=min(self.thresholds),
+                clip_grad=phase.get("clip_grad"),
+                validate=validate if len(held_out[0]) else None,
+                validate_every=recipe["validate_every"],
+                checkpoint=path,
+                seed=recipe["seed"] + 1000 * at,
+                progress=progress,
+            )
 
     @property
     def thresholds(self) -> list[float]:

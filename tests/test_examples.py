@@ -153,6 +153,21 @@ def test_structured_network(digits_as_mnist: Path, tmp_path: Path) -> None:
     assert not any(isinstance(layer, vdo.UnitNoise) for layer in net.modules())
 
 
+def test_layers_can_have_a_kl_weight_of_their_own(digits_as_mnist: Path, tmp_path: Path) -> None:
+    def kl(site_kl: dict[str, float]) -> float:
+        phases = json.dumps([{"epochs": 1, "lr": 1e-4, "site_kl": site_kl}])
+        options = ["--set", f"phases={phases}", "--set", "batch_size=100", "--network", "lenet-500-300-structured"]
+        row = run_mnist(digits_as_mnist, tmp_path / str(len(list(tmp_path.iterdir()))), *options)["history"][0]
+        return float(row["loss"] - row["nll"])
+
+    alike, without_third, without = kl({}), kl({"3": 0.0}), kl({"1.noise_in": 0.0, "1.noise": 0.0, "3": 0.0})
+    assert abs(without) < 1e-3 * alike
+    # 300 of 1,584 units, which all have nearly the noise that they start from
+    assert abs(without_third / alike - (784 + 500) / 1584) < 0.02
+    with pytest.raises(SystemExit, match="site_kl names '8'"):
+        kl({"8": 2.0})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
