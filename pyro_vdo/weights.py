@@ -95,6 +95,25 @@ class Undrawn(Tensor):
         return repr(self)
 
 
+def _with_provenance(value: Undrawn, names: frozenset[Any]) -> Undrawn:
+    """``value`` that also depends on ``names``, a set of sites; it shares all that is known of it."""
+    if names == value.provenance:
+        return value
+    clone: Undrawn = torch.Tensor._make_wrapper_subclass(
+        type(value), value.shape, dtype=value.dtype, device=value.device, requires_grad=False
+    )
+    clone.__dict__.update(value.__dict__)
+    clone.provenance = names
+    return clone
+
+
+_compat.register_provenance(
+    Undrawn,
+    lambda value, names: _with_provenance(value, value.provenance | names),
+    lambda value: (_with_provenance(value, frozenset()), value.provenance),
+)
+
+
 def _drawn(leaf: Any) -> Any:
     if not isinstance(leaf, Undrawn):
         return leaf
@@ -390,33 +409,6 @@ class GaussianWeight(Undrawn):
 
 def _rebuild(loc: Tensor, scale: Tensor, name: str, value: Tensor | None) -> GaussianWeight:
     return GaussianWeight(loc, scale, variable=Variable(name, ReusePolicy(), value))
-
-
-def _with_provenance(weight: GaussianWeight, names: frozenset[Any]) -> GaussianWeight:
-    if names == weight.provenance:
-        return weight
-    clone = GaussianWeight(
-        weight.loc,
-        weight._law_scale,
-        variable=weight.variable,
-        log_scale=weight._log_scale,
-        event_dim=weight.event_dim,
-        parent=weight._parent,
-        apply=weight._apply,
-        places=weight.places,
-        provenance=names,
-        kept=weight.kept,
-    )
-    clone._law_variance, clone._constant_variance = weight._law_variance, weight._constant_variance
-    clone._expected_log_law_sum = weight._expected_log_law_sum
-    return clone
-
-
-_compat.register_provenance(
-    GaussianWeight,
-    lambda weight, names: _with_provenance(weight, weight.provenance | names),
-    lambda weight: (_with_provenance(weight, frozenset()), weight.provenance),
-)
 
 
 def register_rule(

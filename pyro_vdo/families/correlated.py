@@ -153,28 +153,6 @@ def _rebuild(loc: Tensor, factor: Tensor, law: Any, row: int, name: str, value: 
     return CorrelatedWeight(loc, factor, CorrelatedNormal(*parts, kept=kept), variable=variable, row=row)
 
 
-def _with_provenance(weight: CorrelatedWeight, names: frozenset[Any]) -> CorrelatedWeight:
-    return CorrelatedWeight(
-        weight.loc,
-        weight.factor,
-        weight._law,
-        variable=weight.variable,
-        event_dim=weight.event_dim,
-        row=weight.row,
-        parent=weight._parent,
-        apply=weight._apply,
-        places=weight.places,
-        provenance=names,
-    )
-
-
-_compat.register_provenance(
-    CorrelatedWeight,
-    lambda weight, names: _with_provenance(weight, weight.provenance | names),
-    lambda weight: (_with_provenance(weight, frozenset()), weight.provenance),
-)
-
-
 def over_noise(apply: Callable[[Tensor], Tensor], factor: Tensor) -> Tensor:
     """``apply``, a linear function of a weight, to every column of ``factor``; (*shape, r) -> (*result, r)."""
     result: Tensor = torch.vmap(apply, -1, -1)(factor)

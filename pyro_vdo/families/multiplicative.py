@@ -8,7 +8,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vdo import _compat
 from pyro_vdo.posteriors import FactorizedNormal, PrunedNormal
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight
@@ -31,27 +30,6 @@ class DropoutWeight(GaussianWeight):
         ELBO to the last bit.
         """
         return self.expected_log_law().sum(tuple(range(-event_dim, 0)))
-
-
-def _with_provenance(weight: DropoutWeight, names: frozenset[Any]) -> DropoutWeight:
-    clone = DropoutWeight(
-        weight.loc,
-        weight.law_scale,
-        variable=weight.variable,
-        log_scale=weight._log_scale,
-        event_dim=weight.event_dim,
-        provenance=names,
-        kept=weight.kept,
-    )
-    clone.log_alpha = weight.log_alpha
-    return clone
-
-
-_compat.register_provenance(
-    DropoutWeight,
-    lambda weight, names: _with_provenance(weight, weight.provenance | names),
-    lambda weight: (_with_provenance(weight, frozenset()), weight.provenance),
-)
 
 
 class GaussianDropoutNormal(FactorizedNormal):

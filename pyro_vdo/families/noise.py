@@ -100,14 +100,14 @@ class UndrawnNoise(Undrawn):
         result: Tensor = drawn.reshape(batch + self.event_shape)
         return result
 
-    def viewed(self, event_shape: torch.Size, provenance: frozenset[Any] | None = None) -> UndrawnNoise:
+    def viewed(self, event_shape: torch.Size) -> UndrawnNoise:
         """The same noise with its units in another shape."""
         return UndrawnNoise(
             self._law,
             variable=self.variable,
             event_dim=self.root_dim,
             event_shape=event_shape,
-            provenance=self.provenance if provenance is None else provenance,
+            provenance=self.provenance,
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -132,13 +132,6 @@ def _parameter(law: Distribution) -> Tensor:
 def _rebuild(law: Any, event_dim: int, event_shape: Any, name: str, value: Tensor | None) -> UndrawnNoise:
     variable = Variable(name, ReusePolicy(), value)
     return UndrawnNoise(law, variable=variable, event_dim=event_dim, event_shape=event_shape)
-
-
-_compat.register_provenance(
-    UndrawnNoise,
-    lambda noise, names: noise.viewed(noise.event_shape, noise.provenance | names),
-    lambda noise: (noise.viewed(noise.event_shape, frozenset()), noise.provenance),
-)
 
 
 # --------------------------------------------------------------------------- scaling units
