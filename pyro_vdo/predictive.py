@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vdo import _compat
+from pyro_vdo.numerics.moments import REMEMBERED, Moments
 
 _PLATE = "_pyro_vdo_predictions"
 
@@ -20,7 +21,7 @@ class LocalPredictive:
     """Posterior predictive samples, as ``Predictive(model, guide=guide, num_samples=...)``, without drawing weights.
 
     The guide runs in training mode: a linear map draws its output, and what does not depend on the draw (the first
-    layer, above all) is computed once for all samples of a chunk. The samples of each data point have the distribution
+    layer, above all) is computed once for all samples. The samples of each data point have the distribution
     that drawn weights give them, wherever local reparameterization is exact; but each data point has its own draw of
     the weights, so that what concerns several points at once (a sum over a batch, correlations) needs ``Predictive``.
 
@@ -60,6 +61,7 @@ class LocalPredictive:
         """Samples by site, of shape (num_samples, *shape of the site); arguments as for the model, without data."""
         training = self.guide.training
         self.guide.train()
+        token = REMEMBERED.set(Moments())
         try:
             nesting = self.max_plate_nesting
             if nesting is None:
@@ -69,6 +71,7 @@ class LocalPredictive:
                 size = min(self.chunk_size, self.num_samples - start)
                 parts.append(self._chunk(size, nesting, *args, **kwargs))
         finally:
+            REMEMBERED.reset(token)
             self.guide.train(training)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -312,7 +312,7 @@ class GaussianWeight(Undrawn):
         if not loc.shape == log_scale.shape == variance.shape:
             return None
         keep = self.kept is not None or not fused.is_large(loc)
-        return fused.sample_linear(x, loc, log_scale, variance, bias, shape, keep)
+        return fused.sample_linear(x, loc, log_scale, variance, bias, shape, keep, self.variable.name)
 
     def elementwise_kl_sum(self, prior: Any, event_dim: int) -> Tensor | None:
         """KL to a prior that couples no weights, summed, where parts of the weight can be left out; else None."""

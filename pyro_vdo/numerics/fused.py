@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pyro_vdo import _compat, special
+from pyro_vdo.numerics.moments import REMEMBERED
 
 ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
 
@@ -301,9 +302,13 @@ def _linear_draw(
     x: Tensor, loc: Tensor, variance: Tensor, bias: Tensor | None, shape: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and standard deviation of x w^T + bias, and standard normal noise."""
-    mean, var = F.linear(x, loc, bias), F.linear(x * x, variance)
+    mean, std = _linear_moments(x, loc, variance, bias)
     eps = torch.randn_like(mean) if shape is None else torch.randn(shape, dtype=mean.dtype, device=mean.device)
-    return mean, var.clamp_(min=0).sqrt_(), eps
+    return mean, std, eps
+
+
+def _linear_moments(x: Tensor, loc: Tensor, variance: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return F.linear(x, loc, bias), F.linear(x * x, variance).clamp_(min=0).sqrt_()
 
 
 class _SampleLinear(Function):
@@ -359,6 +364,7 @@ def sample_linear(
     bias: Tensor | None,
     shape: tuple[int, ...] | None = None,
     keep_variance: bool = True,
+    name: str = "",
 ) -> Tensor | None:
     """A draw of ``F.linear(x, w, bias)``, w ~ Normal(loc, scale^2), by local reparameterization.
 
@@ -369,6 +375,7 @@ def sample_linear(
     :param bias: (out,) or None.
     :param shape: of the result, where it has more draws than (*batch, out).
     :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
+    :param name: of the weight, under which moments are remembered; all of them are functions of ``log_scale``.
     :returns: None where it has to be composed of ordinary functions: under autocast, in a trace or transform, for
         float16, mixed dtypes and other shapes.
     """
@@ -384,6 +391,12 @@ def sample_linear(
     ):
         return None
     if not torch.is_grad_enabled():
-        mean, std, eps = _linear_draw(x, loc, variance, bias, shape)
+        known = REMEMBERED.get()
+        if known is None or shape is None or math.prod(shape) == math.prod(x.shape[:-1]) * loc.shape[0]:
+            mean, std, eps = _linear_draw(x, loc, variance, bias, shape)
+        else:  # the samples share the data, which the next ones will meet as well
+            sources, arguments = (x, loc, log_scale, bias), (x, loc, variance, bias)
+            mean, std = known.of(name, sources, lambda: _linear_moments(*arguments))
+            eps = torch.randn(shape, dtype=mean.dtype, device=mean.device)
         return eps.mul_(std).add_(mean)
     return _SampleLinear.apply(x, loc, log_scale, variance, bias, shape, keep_variance)  # type: ignore[no-any-return]
