@@ -27,7 +27,7 @@ from pyro_vdo.initial import init_to_pretrained as init_to_pretrained
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.pruning import Prunable
 from pyro_vdo.variables import ReusePolicy
-from pyro_vdo.weights import Undrawn
+from pyro_vdo.weights import Undrawn, share_sums
 
 
 class SitePosterior(nn.Module):
@@ -280,6 +280,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
                 result[name] = self._sample_site(name, site, undrawn)
                 if undrawn and name in self.draw and isinstance(result[name], Undrawn):
                     result[name].draw()  # type: ignore[attr-defined]  # densities still ask for the expectation
+        if undrawn:
+            share_sums((result[name], base_prior(site["fn"])) for name, site in self._require_setup())
         return result
 
     def _sample_site(self, name: str, site: Any, undrawn: bool) -> Tensor:

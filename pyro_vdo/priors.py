@@ -88,6 +88,11 @@ class WeightPrior(TorchDistribution):
         """KL of the law of a whole weight, summed over its event dimensions, where there is a faster way to it."""
         return None
 
+    @property
+    def shared_kind(self) -> Any:
+        """Priors with an equal one have the same elementwise KL, which takes no shape and couples no weights."""
+        return None
+
     def initial_value(self, shape: torch.Size) -> Tensor:
         """Where a guide starts without a pretrained value: Normal(0, 1/fan_in) noise, as there is nothing to sample."""
         return torch.randn(shape) / math.sqrt(max(shape[-1] if shape else 1, 1))
@@ -118,7 +123,8 @@ class WeightEvent(dist.Independent):
         """Log density, or expected log density of an undrawn weight, summed over the event dimensions."""
         count = self.reinterpreted_batch_ndims
         if isinstance(value, GaussianWeight) and value.is_whole(count):
-            kl = self.base_dist.kl_sum(value, count)
+            kl = value.shared_kl_sum(self.base_dist)
+            kl = self.base_dist.kl_sum(value, count) if kl is None else kl
             if kl is not None:
                 return _compat.add_provenance(value.expected_log_law_sum(count) - kl, value.provenance)  # type: ignore[no-any-return]
         return super().log_prob(value)  # type: ignore[no-any-return]
@@ -155,6 +161,11 @@ class LogUniform(WeightPrior):
         if self.kl == "exact":
             return weight.log_uniform_kl_sum(event_dim)
         return weight.elementwise_kl_sum(self, event_dim) if self.kl == "molchanov" else None
+
+    @property
+    def shared_kind(self) -> Any:
+        """The exact KL, or which fit."""
+        return LogUniform, self.kl
 
     def log_density(self, value: Tensor) -> Tensor:
         """-log|w| + c, where c makes the Monte Carlo average of log q - log p equal the exact KL."""
@@ -208,6 +219,11 @@ class EmpiricalBayesNormal(WeightPrior):
     def kl_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
         """The sum of the KL without the rows and columns that are pruned."""
         return weight.elementwise_kl_sum(self, event_dim) if self.group == "weight" else None
+
+    @property
+    def shared_kind(self) -> Any:
+        """With a lambda for each weight it couples none."""
+        return EmpiricalBayesNormal if self.group == "weight" else None
 
     def optimal_scale(self, loc: Tensor, scale: Tensor) -> Tensor:
         """lambda for a posterior Normal(loc, scale^2), one for each group, broadcastable against ``loc``."""

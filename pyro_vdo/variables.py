@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_vdo.numerics.shared import SharedSums
+
 #: the views that lead from a variable to a part of it
 Places = tuple[Callable[[Tensor], Tensor], ...]
 
@@ -63,6 +65,8 @@ class Variable:
     #: number of leading dimensions that are plates or particles, where that is known
     batch_dim: int = 0
     linear_uses: list[Places] = field(default_factory=list)
+    #: sums that it shares with other variables of the pass, and its number among these
+    shared: tuple[SharedSums, int] | None = None
 
     def note_linear_use(self, places: Places) -> None:
         """Record that the part ``places`` met the data, and report a second meeting of any of its elements."""

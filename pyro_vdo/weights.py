@@ -8,7 +8,7 @@ draws it, once for the pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map
 from pyro_vdo import _compat
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.numerics import fused
+from pyro_vdo.numerics.shared import FEWEST, LARGEST, SharedSums
 from pyro_vdo.variables import Places, ReusePolicy, Variable
 
 Rule = Callable[..., Any]
@@ -314,6 +315,20 @@ class GaussianWeight(Undrawn):
         keep = self.kept is not None or not fused.is_large(loc)
         return fused.sample_linear(x, loc, log_scale, variance, bias, shape, keep, self.variable.name)
 
+    def shared_kl_sum(self, prior: Any) -> Tensor | None:
+        """KL to ``prior`` summed over a whole weight, where it is computed together with that of others; else None."""
+        if self.variable.shared is None or self.event_dim is None:
+            return None
+        sums, at = self.variable.shared
+        if sums.kind != prior.shared_kind:
+            return None
+        kl, log_law = sums.of(at, prior)
+        batch = self.loc.shape[: self.loc.dim() - self.event_dim]
+        if batch:
+            kl, log_law = kl.expand(batch), log_law.expand(batch)
+        self._expected_log_law_sum = log_law
+        return kl
+
     def elementwise_kl_sum(self, prior: Any, event_dim: int) -> Tensor | None:
         """KL to a prior that couples no weights, summed, where parts of the weight can be left out; else None."""
         return None
@@ -409,6 +424,27 @@ class GaussianWeight(Undrawn):
 
 def _rebuild(loc: Tensor, scale: Tensor, name: str, value: Tensor | None) -> GaussianWeight:
     return GaussianWeight(loc, scale, variable=Variable(name, ReusePolicy(), value))
+
+
+def share_sums(weights: Iterable[tuple[Any, Any]]) -> None:
+    """Let small weights of one pass compute their divergences together, where there are many.
+
+    :param weights: pairs of a value and its prior; of the values only whole Gaussian weights count.
+    """
+    groups: dict[Any, list[tuple[GaussianWeight, tuple[Tensor, Tensor]]]] = {}
+    for weight, prior in weights:
+        kind = getattr(prior, "shared_kind", None)
+        if kind is None or type(weight) is not GaussianWeight or weight._log_scale is None:
+            continue
+        parameters = fused.unrepeated(weight.loc), fused.unrepeated(weight._log_scale)
+        like, full = parameters[0], (torch.float32, torch.float64)
+        if like.dtype in full and like.shape == parameters[1].shape and like.numel() <= LARGEST:
+            groups.setdefault((kind, like.dtype, like.device), []).append((weight, parameters))
+    for (kind, *_), members in groups.items():
+        if len(members) >= FEWEST:
+            sums = SharedSums(kind, [parameters for _, parameters in members])
+            for at, (weight, _) in enumerate(members):
+                weight.variable.shared = sums, at
 
 
 def register_rule(

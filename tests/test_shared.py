@@ -1,0 +1,184 @@
+"""Divergences of many small weights in one pass: the same numbers, and fewer calls."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyro_vdo as vdo
+from pyro_vdo import guides
+from pyro_vdo.numerics import shared
+
+WIDTHS = (3, 5, 2, 4, 3, 6, 2)
+PRIORS = {
+    "exact": vdo.LogUniform(),
+    "molchanov": vdo.LogUniform(kl="molchanov"),
+    "kingma": vdo.LogUniform(kl="kingma"),
+    "empirical-bayes": vdo.EmpiricalBayesNormal(),
+    "coupled": vdo.EmpiricalBayesNormal("input"),
+    "normal": dist.Normal(0.0, 1.0),
+    "mixed": {"2": vdo.EmpiricalBayesNormal(), "4": dist.Normal(0.0, 1.0), nn.Linear: vdo.LogUniform()},
+}
+
+
+def program(prior, dtype=torch.float64, widths=WIDTHS):
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    layers = [part for size in pairwise(widths) for part in (nn.Linear(*size), nn.Tanh())]
+    net = vdo.to_bayesian(nn.Sequential(*layers).to(dtype), prior)
+    x, y = torch.randn(7, widths[0], dtype=dtype), torch.randint(widths[-1], (7,))
+
+    def model(x, y=None):
+        logits = net(x)
+        with pyro.plate("data", 70, subsample_size=7):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    guide = vdo.AutoFactorizedNormal(model, init_scale=0.1).setup(x, y)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return model, guide, x, y
+
+
+def loss_and_gradients(model, guide, x, y, elbo):
+    torch.manual_seed(1)
+    guide.zero_grad()
+    loss = elbo.differentiable_loss(model, guide, x, y) if hasattr(elbo, "differentiable_loss") else None
+    if loss is None:
+        value = elbo.loss_and_grads(model, guide, x, y)
+    else:
+        loss.backward()
+        value = loss.item()
+    return value, [parameter.grad.clone() for parameter in guide.parameters()]
+
+
+def both(monkeypatch, *args):
+    together = loss_and_gradients(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(guides, "share_sums", lambda weights: None)
+        apart = loss_and_gradients(*args)
+    return together, apart
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """The numbers of the weights whose sums were asked for."""
+    numbers: list[int] = []
+    of = shared.SharedSums.of
+    monkeypatch.setattr(shared.SharedSums, "of", lambda self, at, prior: (numbers.append(at), of(self, at, prior))[1])
+    return numbers
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+def test_loss_and_gradients_are_the_same(prior, elbo, monkeypatch, asked):
+    together, apart = both(monkeypatch, *program(prior), elbo())
+    assert together[0] == pytest.approx(apart[0], rel=1e-12)
+    torch.testing.assert_close(together[1], apart[1])
+    expected = {PRIORS["coupled"]: 0, PRIORS["normal"]: 0}.get(prior, 6) if isinstance(prior, dist.Distribution) else 4
+    assert len(asked) == expected
+
+
+def test_particles_and_weights_of_the_kl_are_the_same(monkeypatch, asked):
+    model, guide, x, y = program(vdo.LogUniform())
+    elbo = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    with vdo.scale_kl(0.3), vdo.scale_kl(5.0, sites=["0.weight", "4.weight"]):
+        together, apart = both(monkeypatch, model, guide, x, y, elbo)
+    assert len(asked) == 6
+    assert together[0] == pytest.approx(apart[0], rel=1e-12)
+    torch.testing.assert_close(together[1], apart[1])
+
+
+def test_pruned_and_drawn_weights_are_the_same(monkeypatch, asked):
+    model, guide, x, y = program(vdo.LogUniform())
+    guide.keep({"2.weight": torch.arange(10).reshape(2, 5) % 2 == 0})
+    guide.draw = frozenset({"4.weight"})
+    together, apart = both(monkeypatch, model, guide, x, y, Trace_ELBO())
+    assert len(asked) >= 5
+    assert together[0] == pytest.approx(apart[0], rel=1e-12)
+    torch.testing.assert_close(together[1], apart[1])
+
+
+@pytest.mark.parametrize("loc", [0.0, 1e-30, 1e10])
+@pytest.mark.parametrize("log_scale", [-40.0, 0.0, 20.0])
+def test_extreme_parameters_are_the_same(loc, log_scale, monkeypatch):
+    model, guide, x, y = program(vdo.LogUniform(), dtype=torch.float32)
+    with torch.no_grad():
+        guide.sites.get_submodule("2.weight").loc.fill_(loc)
+        guide.sites.get_submodule("2.weight").log_scale.fill_(log_scale)
+    quiet = pyro.poutine.block(model, hide=["y"])
+    (together, gradients), (apart, expected) = both(monkeypatch, quiet, guide, x, y, Trace_ELBO())
+    assert together == pytest.approx(apart, rel=1e-5)
+    for given, wanted in zip(gradients, expected, strict=True):
+        assert torch.isfinite(given).all()
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_each_log_density_is_the_same(monkeypatch):
+    """In the ELBO the entropy is in both of them, and an error in it would not show."""
+    model, guide, x, y = program(vdo.LogUniform())
+
+    def densities():
+        torch.manual_seed(1)
+        guide_trace = pyro.poutine.trace(guide).get_trace(x, y)
+        trace = pyro.poutine.trace(pyro.poutine.replay(model, guide_trace)).get_trace(x, y)
+        trace.compute_log_prob()
+        guide_trace.compute_log_prob()
+        return [part.nodes[name]["log_prob_sum"] for part in (trace, guide_trace) for name in guide.site_names()]
+
+    together = densities()
+    monkeypatch.setattr(guides, "share_sums", lambda weights: None)
+    torch.testing.assert_close(together, densities())
+
+
+def test_a_prior_of_another_kind_than_the_guide_knows_is_answered_apart(asked):
+    _model, guide, x, y = program(vdo.LogUniform())
+    weights = guide(x, y)
+    prior = vdo.EmpiricalBayesNormal().expand((5, 3)).to_event(2)
+    w = weights["0.weight"]
+    assert w.variable.shared is not None
+    q = guide.posteriors()["0.weight"]
+    kl = torch.distributions.kl_divergence(q, prior.base_dist).sum()
+    torch.testing.assert_close(q.to_event(2).log_prob(w) - prior.log_prob(w), kl, rtol=1e-6, atol=1e-6)
+    assert asked == []
+
+
+class Calls(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        Calls.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_kl(layers: int) -> int:
+    model, guide, x, y = program(vdo.LogUniform(), widths=(3,) * (layers + 1))
+    quiet = pyro.poutine.block(model, hide=["y"])
+    loss_and_gradients(quiet, guide, x, y, Trace_ELBO())  # constants are made in the first
+    Calls.count = 0
+    with Calls():
+        loss_and_gradients(quiet, guide, x, y, Trace_ELBO())
+    return Calls.count
+
+
+def test_a_further_small_weight_costs_few_calls(monkeypatch):
+    together = (calls_of_a_kl(20) - calls_of_a_kl(10)) / 10
+    monkeypatch.setattr(guides, "share_sums", lambda weights: None)
+    apart = (calls_of_a_kl(20) - calls_of_a_kl(10)) / 10
+    assert together < apart - 40
+
+
+def test_mean_field_elbo_agrees():
+    args = program(vdo.LogUniform())
+    losses = []
+    for elbo in (Trace_ELBO, TraceMeanField_ELBO):
+        torch.manual_seed(1)
+        losses.append(elbo().loss(*args))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
