@@ -3,7 +3,7 @@
 import statistics
 
 import torch
-from common import Claim, adam, by_hand, hand_step, interleave, joint_adam, report, summary, vdo_step
+from common import Claim, adam, by_hand, hand_step, interleave, joint_adam, report, summary, unchecked, vdo_step
 from torch import nn
 
 LAYERS = 100
@@ -22,6 +22,7 @@ def main() -> None:
         "by_hand_fused": hand_step(fused, x, y, torch.optim.Adam(fused.parameters(), lr=1e-3, fused=True)),
         "pyro_adam": vdo_step(deep(), x, y, adam()),
         "joint_adam": vdo_step(deep(), x, y, joint_adam()),
+        "unchecked": unchecked(vdo_step(deep(), x, y, joint_adam())),
     }
     times = interleave(candidates, rounds=20, steps=2, warm_up=3)
 
@@ -33,6 +34,7 @@ def main() -> None:
         Claim("overhead for each site over the loop by hand (JointOptim)", overhead("joint_adam", "by_hand"), 100,
               "us", summary(times)),
         Claim("  the same with pyro.optim.Adam", overhead("pyro_adam", "by_hand"), 100, "us"),
+        Claim("  JointOptim and pyro.enable_validation(False)", overhead("unchecked", "by_hand"), 100, "us"),
         Claim("  JointOptim over the loop by hand with fused Adam", overhead("joint_adam", "by_hand_fused"), 100, "us"),
     ])  # fmt: skip
 

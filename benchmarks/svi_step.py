@@ -1,9 +1,7 @@
 """``svi.step`` with Trace_ELBO against a loop written by hand in plain torch: LeNet-300-100, batch 100."""
 
 import time
-from collections.abc import Callable
 
-import pyro
 from common import (
     Claim,
     adam,
@@ -18,16 +16,9 @@ from common import (
     ratio,
     report,
     summary,
+    unchecked,
     vdo_step,
 )  # fmt: skip
-
-
-def without_validation(step: Callable[[], float]) -> Callable[[], float]:
-    def run() -> float:
-        with pyro.validation_enabled(False):
-            return step()
-
-    return run
 
 
 def main() -> None:
@@ -42,7 +33,7 @@ def main() -> None:
         "pyro_adam": vdo_step(lenet_300_100(), x, y, adam()),
         "joint_adam": vdo_step(lenet_300_100(), x, y, joint_adam()),
         "compiled": with_compiler,
-        "unchecked": without_validation(compiled(vdo_step(lenet_300_100(), x, y, joint_adam()))),
+        "unchecked": unchecked(compiled(vdo_step(lenet_300_100(), x, y, joint_adam()))),
     }
     times = interleave(candidates, rounds=24, steps=10)
     details = summary(times) | {"wall_ratio": {k: ratio(times, k, "by_hand", "wall") for k in candidates}}
