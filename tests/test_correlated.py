@@ -172,6 +172,21 @@ def test_gradients_are_those_of_the_formula():
         torch.testing.assert_close(given.grad, wanted.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_lower_precision(dtype, autocast):
+    """Variances of 4e5, which float16 does not hold, have a root that it does."""
+    kind = torch.float32 if autocast else dtype
+    q = vdo.CorrelatedNormal(torch.ones(1, 3, dtype=kind), torch.eye(3, dtype=kind).expand(1, 3, 3))
+    x = torch.full((N_DRAWS, 3), 350.0, dtype=kind)
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast and dtype is not torch.float32):
+        out = F.linear(x, q.rsample()).double()
+    noise = (out - 1050) / (350 * math.sqrt(3))
+    eps = torch.finfo(dtype).eps * 1050 / 600
+    assert abs(float(noise.mean())) < 5 / math.sqrt(N_DRAWS) + eps
+    assert abs(float(noise.square().mean()) - 1) < 5 * math.sqrt(2 / N_DRAWS) + 2 * eps
+
+
 def test_undrawn_weights_are_copied_and_pickled():
     w = posterior(2).rsample()
     for twin in (copy.deepcopy(w), pickle.loads(pickle.dumps(w))):

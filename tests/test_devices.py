@@ -26,6 +26,11 @@ def mlp(width: int = 8) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(100, width), nn.ReLU(), nn.Linear(width, NUM_CLASSES))
 
 
+def deep() -> nn.Module:
+    layers = [layer for _ in range(5) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(100, 8), *layers, nn.Linear(8, NUM_CLASSES))
+
+
 def convolutional() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3), nn.MaxPool2d(2), nn.Flatten(),
@@ -90,6 +95,8 @@ def no_validation() -> Any:
         lambda: Case(mlp(), vdo.EmpiricalBayesNormal(), vdo.AutoFactorizedNormal),
         lambda: Case(mlp(), dist.Normal(0, 1), vdo.AutoFactorizedNormal),
         lambda: Case(mlp(), vdo.LogUniform(), vdo.AutoGaussianDropout),
+        lambda: Case(mlp(), vdo.LogUniform(), vdo.AutoCorrelatedNormal),
+        lambda: Case(deep(), vdo.LogUniform(), vdo.AutoFactorizedNormal),  # small weights, which share their sums
         lambda: Case(noisy(), {vdo.UnitNoise: vdo.TruncatedLogUniform()}, vdo.AutoFactorizedNormal),
         lambda: Case(convolutional(), vdo.LogUniform(), vdo.AutoFactorizedNormal),
     ],
@@ -100,6 +107,8 @@ def no_validation() -> Any:
         "empirical Bayes",
         "Normal",
         "Gaussian dropout",
+        "covariance",
+        "deep",
         "noise on units",
         "convolutional",
     ],

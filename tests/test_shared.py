@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -148,6 +148,32 @@ def test_a_prior_of_another_kind_than_the_guide_knows_is_answered_apart(asked):
     kl = torch.distributions.kl_divergence(q, prior.base_dist).sum()
     torch.testing.assert_close(q.to_event(2).log_prob(w) - prior.log_prob(w), kl, rtol=1e-6, atol=1e-6)
     assert asked == []
+
+
+def test_second_derivatives_are_the_same(monkeypatch):
+    model, guide, x, y = program(vdo.LogUniform())
+    quiet = pyro.poutine.block(model, hide=["y"])
+    scales = [value for name, value in guide.named_parameters() if "log_scale" in name]
+
+    def second():
+        gradients = torch.autograd.grad(Trace_ELBO().differentiable_loss(quiet, guide, x, y), scales, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), scales)
+
+    together = second()
+    monkeypatch.setattr(guides, "share_sums", lambda weights: None)
+    torch.testing.assert_close(together, second())
+
+
+def test_jit_agrees():
+    model, guide, x, y = program(vdo.LogUniform())
+    quiet = pyro.poutine.block(model, hide=["y"])  # a trace draws its noise in another order
+    values = []
+    for elbo in (Trace_ELBO(), JitTrace_ELBO(ignore_jit_warnings=True)):
+        guide.zero_grad()
+        loss = elbo.loss_and_grads(quiet, guide, x, y)
+        values.append((loss, [parameter.grad.clone() for parameter in guide.parameters()]))
+    assert values[0][0] == pytest.approx(values[1][0], rel=1e-9)
+    torch.testing.assert_close(values[0][1], values[1][1])
 
 
 class Calls(TorchDispatchMode):

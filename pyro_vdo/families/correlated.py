@@ -288,13 +288,17 @@ def sample_rows(
 ) -> Tensor:
     """Local reparameterization of ``apply(x, w)``, each of whose outputs contracts one row of ``w`` with data."""
     weight.note_linear_use()
-    half = torch.float16 in (x.dtype, fused.autocast_dtype(x))
-    with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not half):
-        wide, factor = (x.float(), weight.factor.float()) if half else (x, weight.factor)
-        variance = over_noise(lambda column: apply(wide, column), factor).square().sum(-1)
-    out = add_bias(apply(x, weight.loc), variance, bias)
+    out = add_bias(apply(x, weight.loc), variance_of(apply, x, weight.factor), bias)
     refuse_not_finite(out, weight, x)
     return out
+
+
+def variance_of(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, factor: Tensor) -> Tensor:
+    """|F^T x|^2; in float32 in place of float16, in which squares leave the range."""
+    if torch.float16 in (x.dtype, fused.autocast_dtype(x)):
+        with torch.autocast(x.device.type, enabled=False):
+            return variance_of(apply, x.float(), factor.float())
+    return over_noise(lambda column: apply(x, column), factor).square().sum(-1)
 
 
 @register_rule(F.linear, family=CorrelatedWeight)

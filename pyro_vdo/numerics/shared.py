@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.distributions import Normal, kl_divergence
+
+from pyro_vdo import _compat
 
 ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
 
@@ -35,16 +39,47 @@ class SharedSums:
         """KL and E log q of the weight with number ``at``, summed; ``prior`` is of the kind, of any shape."""
         if self._sums is None:
             loc, log_scale = (torch.cat([x.reshape(-1) for x in each]) for each in zip(*self._parameters, strict=True))
-            lengths = tuple(x.numel() for x, _ in self._parameters)
-            owner, constant = _owner(lengths, loc.dtype, loc.device)
+            segments = _segments(tuple(x.numel() for x, _ in self._parameters), loc.device)
             kl = kl_divergence(Normal(loc, log_scale.exp(), validate_args=False), prior)
-            sums = torch.zeros_like(constant).index_add(0, owner, kl), constant.index_add(0, owner, log_scale, alpha=-1)
-            self._sums = sums[0].unbind(), sums[1].unbind()
+            log_law = -log_scale - ENTROPY_CONSTANT
+            self._sums = segment_sum(kl, segments).unbind(), segment_sum(log_law, segments).unbind()
         return self._sums[0][at], self._sums[1][at]
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Parts of a vector, one after the other.
+
+    :param lengths: the length of each.
+    :param owner: the number of the part that each element belongs to.
+    """
+
+    lengths: Tensor
+    owner: Tensor
+
+
 @functools.lru_cache(maxsize=16)
-def _owner(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The number of the weight that each element belongs to, and E log q + sum of log_scale of each weight."""
-    counts = torch.tensor(lengths, device=device)
-    return torch.repeat_interleave(counts), counts.to(dtype) * -ENTROPY_CONSTANT
+def _segments(lengths: tuple[int, ...], device: torch.device) -> Segments:
+    counts = torch.tensor(lengths)  # on the CPU: a device would have to say how long the result is
+    return Segments(counts.to(device), torch.repeat_interleave(counts).to(device))
+
+
+class _SegmentSum(Function):
+    """The sum of each segment, in the same order on every run; its own derivative can be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor, owner: Tensor) -> Tensor:
+        ctx.save_for_backward(owner)
+        return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (owner,) = ctx.saved_tensors
+        return grad.index_select(0, owner), None, None
+
+
+def segment_sum(x: Tensor, segments: Segments) -> Tensor:
+    """The sum of each segment of the vector ``x``."""
+    if _compat.is_tracing() or _compat.is_transforming():  # which know no Function
+        return x.new_zeros(len(segments.lengths)).index_add(0, segments.owner, x)
+    return _SegmentSum.apply(x, segments.lengths, segments.owner)  # type: ignore[no-any-return]
