@@ -70,7 +70,7 @@ def plot_log_alpha(
     for ax, (name, value) in zip(axes, values.items(), strict=True):
         _log_alpha_bars(ax, name, value, edges, threshold)
     top = axes[0].get_xaxis_transform()
-    axes[0].text(threshold, 0.97, f" zero from {threshold:g} on", color=ACCENT, transform=top, va="top", fontsize=9)
+    axes[0].text(threshold, 0.97, f" zero\n from {threshold:g} on", color=ACCENT, transform=top, va="top", fontsize=9)
     label = r"$\log\,\alpha = \log(\sigma^2/\mu^2)$   (noise over signal; small: needed, large: not needed)"
     axes[-1].set_xlabel(label, color=INK)
     return axes  # type: ignore[no-any-return]

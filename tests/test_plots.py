@@ -68,7 +68,7 @@ def test_histogram_of_log_alpha_counts_every_weight_on_its_side_of_the_threshold
         assert below == int((value < 3).sum())
         assert len({bar.get_facecolor() for bar in bars if bar.get_x() + bar.get_width() / 2 < 3}) == 1
         np.testing.assert_allclose(ax.lines[0].get_xdata(), [3, 3])
-    assert "zero from 3" in axes[0].texts[0].get_text()
+    assert "zero\n from 3 on" in axes[0].texts[0].get_text()
 
 
 def test_histogram_of_log_alpha_with_means_of_zero(dense: Any) -> None:
