@@ -436,6 +436,8 @@ def share_sums(weights: Iterable[tuple[Any, Any]]) -> None:
         kind = getattr(prior, "shared_kind", None)
         if kind is None or type(weight) is not GaussianWeight or weight._log_scale is None:
             continue
+        if weight.event_dim is None or not weight.is_whole(weight.event_dim):  # a plate has many of them
+            continue
         parameters = fused.unrepeated(weight.loc), fused.unrepeated(weight._log_scale)
         like, full = parameters[0], (torch.float32, torch.float64)
         if like.dtype in full and like.shape == parameters[1].shape and like.numel() <= LARGEST:

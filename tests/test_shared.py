@@ -201,6 +201,18 @@ def test_a_further_small_weight_costs_few_calls(monkeypatch):
     assert together < apart - 40
 
 
+def test_latent_variables_of_a_plate_stay_apart(asked):
+    def model():
+        with pyro.plate("data", 5):
+            for at in range(6):
+                pyro.sample(f"z{at}", vdo.EmpiricalBayesNormal().expand([2]).to_event(1))
+
+    pyro.clear_param_store()
+    guide = vdo.AutoFactorizedNormal(model).setup()
+    assert Trace_ELBO().loss(model, guide) == pytest.approx(TraceMeanField_ELBO().loss(model, guide), rel=1e-6)
+    assert asked == []
+
+
 def test_mean_field_elbo_agrees():
     args = program(vdo.LogUniform())
     losses = []
