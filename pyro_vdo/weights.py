@@ -29,7 +29,7 @@ class Undrawn(Tensor):
     """A tensor whose value is a random variable that has not been drawn (abstract).
 
     A family derives from it, and names its rules in :attr:`rules`. Subclasses define :meth:`law`, the distribution
-    of the value, and :meth:`draw`.
+    of the value, :meth:`sample`, and :meth:`draw` where views of the variable are of the family too.
     """
 
     #: function -> rule(func, args, kwargs); one table for each family, open to users through ``register_rule``.
@@ -44,9 +44,21 @@ class Undrawn(Tensor):
         """The distribution of this value, elementwise."""
         raise NotImplementedError
 
-    def draw(self) -> Tensor:
-        """The value of this pass: drawn at the first call and remembered."""
+    def sample(self) -> Tensor:
+        """Real numbers for the variable itself."""
         raise NotImplementedError
+
+    def draw(self) -> Tensor:
+        """The value of this pass: sampled at the first call and remembered."""
+        variable = self.variable
+        if variable.value is None:
+            if _compat.density_is_asked():  # a sample of its own is right for a density, whatever else used w
+                if variable.density_value is None:
+                    variable.density_value = self.sample()
+                return variable.density_value
+            variable.note_draw()
+            variable.value = self.sample()
+        return variable.value
 
     def expected_log_law(self) -> Tensor:
         """E log q(w) under the value's own law q, elementwise: minus the entropy."""
@@ -368,19 +380,16 @@ class GaussianWeight(Undrawn):
             self._expected_log_law = -fused.widened(log_scale) - fused.ENTROPY_CONSTANT
         return self._expected_log_law
 
+    def sample(self) -> Tensor:
+        """``loc + scale * eps``."""
+        return self.loc + self.scale * torch.randn_like(self.loc)
+
     def draw(self) -> Tensor:
-        """The weight of this pass: ``loc + scale * eps``, drawn once for the variable and remembered."""
-        if self._parent is not None:
-            assert self._apply is not None
-            return self._apply(self._parent.draw())
-        if self.variable.value is None:
-            if _compat.density_is_asked():  # a sample of its own is right for a density, whatever else used w
-                if self.variable.density_value is None:
-                    self.variable.density_value = self.loc + self.scale * torch.randn_like(self.loc)
-                return self.variable.density_value
-            self.variable.note_draw()
-            self.variable.value = self.loc + self.scale * torch.randn_like(self.loc)
-        return self.variable.value
+        """The weight of this pass, or this view of it."""
+        if self._parent is None:
+            return super().draw()
+        assert self._apply is not None
+        return self._apply(self._parent.draw())
 
     def derived(
         self,

@@ -105,19 +105,16 @@ class CorrelatedWeight(Undrawn):
         """Tell the variable that this part of it meets the data."""
         self.variable.note_linear_use(self.places)
 
+    def sample(self) -> Tensor:
+        """``loc + factor eps``."""
+        return correlated_sample(self.loc, self.factor)
+
     def draw(self) -> Tensor:
-        """The weight of this pass, drawn once for the variable and remembered."""
-        if self._parent is not None:
-            assert self._apply is not None
-            return self._apply(self._parent.draw())
-        if self.variable.value is None:
-            if _compat.density_is_asked():  # a sample of its own is right for a density, whatever else used w
-                if self.variable.density_value is None:
-                    self.variable.density_value = correlated_sample(self.loc, self.factor)
-                return self.variable.density_value
-            self.variable.note_draw()
-            self.variable.value = correlated_sample(self.loc, self.factor)
-        return self.variable.value
+        """The weight of this pass, or this view of it."""
+        if self._parent is None:
+            return super().draw()
+        assert self._apply is not None
+        return self._apply(self._parent.draw())
 
     def viewed(self, apply: Callable[[Tensor], Tensor], loc: Tensor, row: int, places: Places) -> CorrelatedWeight:
         """A view of this weight whose row is the dimension ``row``."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.overrides import handle_torch_function, has_torch_function
 
-from pyro_vdo import _compat
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight, Rule, Undrawn, register_rule
@@ -78,15 +77,14 @@ class UndrawnNoise(Undrawn):
             self._expected_log_law = -self._law.entropy()
         return self._expected_log_law
 
+    def sample(self) -> Tensor:
+        """Factors in the shape of the site."""
+        value: Tensor = self._law.rsample()
+        return value
+
     def draw(self) -> Tensor:
-        """The noise of this pass, one for all data points: drawn at the first call and remembered."""
-        if self.variable.value is None:
-            value = self._law.rsample()
-            if _compat.density_is_asked():  # a sample of its own is right for a density, whatever else used it
-                return value.reshape(self.shape)
-            self.variable.note_draw()
-            self.variable.value = value
-        return self.variable.value.reshape(self.shape)
+        """The noise of this pass, one for all data points."""
+        return super().draw().reshape(self.shape)
 
     def draw_for(self, data: torch.Size | tuple[int, ...]) -> Tensor:
         """One draw for each data point, of shape (*broadcast(particles, data), *event).
