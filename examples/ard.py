@@ -65,7 +65,7 @@ class Fit:
         return np.asarray(self.log_alpha < THRESHOLD)
 
     def evidence(self, splits: list[Split]) -> np.ndarray:
-        """log Normal(y; 0, noise^2 + x lambda^2 x^T) of each split, which all methods here maximise."""
+        """log Normal(y; 0, noise^2 + x lambda^2 x^T) of each split; a factorised ELBO is a bound of it."""
         assert self.noise is not None
         return np.array([
             multivariate_normal(cov=noise**2 * np.eye(len(split.y)) + (split.x * scale**2) @ split.x.T).logpdf(split.y)
