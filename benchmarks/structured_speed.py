@@ -44,10 +44,10 @@ NETWORKS = {
         (1, 28, 28),
         {"0.noise.weight": 3, "3.noise.weight": 18, "7.noise_in.weight": 284, "9.noise_in.weight": 283},
     ),
-    "LeNet-5, 18-23-82-43": (
+    "LeNet-5, 5-16-123-69": (
         lenet_5,
         (1, 28, 28),
-        {"0.noise.weight": 18, "3.noise.weight": 23, "7.noise_in.weight": 82, "9.noise_in.weight": 43},
+        {"0.noise.weight": 5, "3.noise.weight": 16, "7.noise_in.weight": 123, "9.noise_in.weight": 69},
     ),
 }
 
