@@ -9,6 +9,7 @@ linear layers on sequences) it drops their covariance, as in the literature (Mol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +98,7 @@ def variance_of(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Ga
 
 def refuse_not_finite(out: Tensor, weight: Any, *xs: Tensor) -> None:
     """Say where nan and inf come from first, while Pyro validates. Not on a GPU, which would wait for each layer."""
-    if out.device.type != "cpu" or not _compat.validation_is_on() or bool(out.detach().sum().isfinite()):
+    if out.device.type != "cpu" or not _compat.validation_is_on() or math.isfinite(out.detach().sum()):
         return
     name = weight.variable.name
     for what in ("nan", "inf"):
