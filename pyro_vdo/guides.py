@@ -317,8 +317,11 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
                     value = _compat.param_statement(part, full_name, value)
             if value is None:
                 return None
-            more = value.dim() - part.loc.dim()  # a covariance has a dimension more
-            return pyro.subsample(value, event_dim=event_dim + more) if subsampled else value
+            if not subsampled:
+                return value
+            return pyro.subsample(
+                value, event_dim=event_dim + value.dim() - part.loc.dim()
+            )  # a covariance has one more
 
         return part.posterior(read, base_prior(site["fn"]), name, self.policy)
 
