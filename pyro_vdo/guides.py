@@ -319,9 +319,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
                 return None
             if not subsampled:
                 return value
-            return pyro.subsample(
-                value, event_dim=event_dim + value.dim() - part.loc.dim()
-            )  # a covariance has one more
+            more = value.dim() - part.loc.dim()  # a covariance has a dimension more
+            return pyro.subsample(value, event_dim=event_dim + more)
 
         return part.posterior(read, base_prior(site["fn"]), name, self.policy)
 
