@@ -21,9 +21,10 @@ class LocalPredictive:
     """Posterior predictive samples, as ``Predictive(model, guide=guide, num_samples=...)``, without drawing weights.
 
     The guide runs in training mode: a linear map draws its output, and what does not depend on the draw (the first
-    layer, above all) is computed once for all samples. The samples of each data point have the distribution
-    that drawn weights give them, wherever local reparameterization is exact; but each data point has its own draw of
-    the weights, so that what concerns several points at once (a sum over a batch, correlations) needs ``Predictive``.
+    layer, above all) is computed once: a linear one for all samples, others for those of a chunk. The samples of each
+    data point have the distribution that drawn weights give them, wherever local reparameterization is exact; but each
+    data point has its own draw of the weights, so that what concerns several points at once (a sum over a batch,
+    correlations) needs ``Predictive``.
 
     :param model: a Pyro model.
     :param guide: its guide.

@@ -150,6 +150,20 @@ def test_a_prior_of_another_kind_than_the_guide_knows_is_answered_apart(asked):
     assert asked == []
 
 
+def test_sums_that_were_asked_for_without_a_gradient_have_one_later():
+    model, guide, x, y = program(vdo.LogUniform())
+    guide_trace = pyro.poutine.trace(guide).get_trace(x, y)
+    trace = pyro.poutine.trace(pyro.poutine.replay(model, guide_trace)).get_trace(x, y)
+    node = trace.nodes["0.weight"]
+    with torch.no_grad():
+        before = node["fn"].log_prob(node["value"])
+    after = node["fn"].log_prob(node["value"])
+    torch.testing.assert_close(after.detach(), before)
+    loc = dict(guide.named_parameters())["sites.0.weight.loc"]
+    gradient = torch.autograd.grad(after, loc)[0]
+    assert (gradient != 0).all()
+
+
 def test_second_derivatives_are_the_same(monkeypatch):
     model, guide, x, y = program(vdo.LogUniform())
     quiet = pyro.poutine.block(model, hide=["y"])

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from pyro_vdo import _compat, special
 from pyro_vdo.numerics.moments import REMEMBERED
-from pyro_vdo.numerics.shared import ENTROPY_CONSTANT as ENTROPY_CONSTANT
+
+ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
 
 # Elements in a chunk: long enough to hide the cost of a call, short enough to stay in the cache of a core.
 _CHUNK = 2**16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,7 @@ from torch.autograd import Function
 from torch.distributions import Normal, kl_divergence
 
 from pyro_vdo import _compat
-
-ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
+from pyro_vdo.numerics.fused import ENTROPY_CONSTANT
 
 #: elements up to which a weight is small; sums of so many are exact to a few units in the last place, in any order
 LARGEST = 2**10
@@ -33,11 +31,13 @@ class SharedSums:
     def __init__(self, kind: Any, parameters: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.kind = kind
         self._parameters = parameters
+        self._with_graph = False
         self._sums: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def of(self, at: int, prior: Any) -> tuple[Tensor, Tensor]:
         """KL and E log q of the weight with number ``at``, summed; ``prior`` is of the kind, of any shape."""
-        if self._sums is None:
+        if self._sums is None or (torch.is_grad_enabled() and not self._with_graph):
+            self._with_graph = torch.is_grad_enabled()
             loc, log_scale = (torch.cat([x.reshape(-1) for x in each]) for each in zip(*self._parameters, strict=True))
             segments = _segments(tuple(x.numel() for x, _ in self._parameters), loc.device)
             kl = kl_divergence(Normal(loc, log_scale.exp(), validate_args=False), prior)
