@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import platform
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
@@ -22,6 +25,7 @@ from pyro.optim import PyroOptim
 from pyro.poutine import runtime
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import make_fx
 
 # --------------------------------------------------------------------------- parameters
 
@@ -327,11 +331,15 @@ def is_transforming() -> bool:
 def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., Any] | None:
     """``torch.compile`` of ``function`` after a first call; None where that fails, for want of a compiler say.
 
-    The first compilation in a process switches the validation of all distributions off, which is put back.
+    Python numbers become part of the compiled code, for the dtypes of ``args``; left to itself ``torch.compile`` makes
+    each an argument. The first compilation in a process switches the validation of all distributions off, which is
+    put back.
     """
     validation = Distribution._validate_args
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
     try:
+        with torch.no_grad():
+            graph = make_fx(function, tracing_mode="symbolic")(*args)
+        compiled: Callable[..., Any] = torch.compile(graph.forward, dynamic=True, fullgraph=True)
         compiled(*args)
     except Exception:  # whatever the reason, there is another way
         return None
@@ -420,3 +428,29 @@ def validation_is_on() -> bool:
 def is_tracing() -> bool:
     """True while ``torch.jit`` traces, which keeps the forward pass of an autograd function alone."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------- matrix products
+
+
+@functools.cache
+def _mkl_lacks_avx512() -> bool:
+    """True for AVX-512 processors of AMD, for which MKL has kernels of AVX2 alone."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    try:
+        vendor = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        vendor = platform.processor()
+    return "AuthenticAMD" in vendor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_is_faster() -> bool:
+    """Whether :func:`onednn_linear` exists, is not switched off (``torch.backends.mkldnn``) and beats ``F.linear``."""
+    return _mkl_lacks_avx512() and torch._C._get_mkldnn_enabled()
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` for matrices, which TorchInductor calls by this name; it has no gradient."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+    return result

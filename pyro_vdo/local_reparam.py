@@ -30,12 +30,11 @@ class _NormalSample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor) -> Tensor:
-        eps = torch.randn_like(mean)
-        std = var.clamp(min=0).sqrt_()
-        if ctx.needs_input_grad[1]:
-            half = eps.mul(0.5).div_(std)
-            ctx.save_for_backward(half.masked_fill_(std == 0, 0.0))
-        return torch.addcmul(mean, std, eps)
+        if not ctx.needs_input_grad[1]:
+            return fused.draw(mean, var.clamp(min=0).sqrt_())
+        out, slope = fused.draw_with_slope(mean, var)
+        ctx.save_for_backward(slope)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -177,16 +177,16 @@ class use_compiled:  # noqa: N801 - reads like a function, as torch.no_grad does
         use_compiled.enabled = self._before
 
 
-# One kernel for each kind of device; None where compiling failed.
-_compiled: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]] | None] = {}
+# One kernel for each kind of device and dtype; None where compiling failed.
+_compiled: dict[tuple[str, torch.dtype], Callable[..., tuple[Tensor, Tensor, Tensor]] | None] = {}
 
 
 def _compiled_terms(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    device = loc.device.type
     flat = loc.detach().reshape(-1), scale.detach().reshape(-1)
-    if device not in _compiled:
-        _compiled[device] = _compat.compiled_or_none(_composed_terms, *flat)
-    kernel = _compiled[device]
+    key = loc.device.type, loc.dtype
+    if key not in _compiled:
+        _compiled[key] = _compat.compiled_or_none(_composed_terms, *flat)
+    kernel = _compiled[key]
     if kernel is None:
         return None
     kl, dloc, dscale = kernel(*flat)

@@ -13,7 +13,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, vmap
 
-from pyro_vdo import special
+from pyro_vdo import _compat, special
+from pyro_vdo.numerics import fused
 from pyro_vdo.special import (
     dawson,
     dawson_integral,
@@ -317,6 +318,28 @@ assert torch.distributions.Distribution._validate_args
 
 def test_the_first_compilation_leaves_validation_on():
     subprocess.run([sys.executable, "-c", FIRST_COMPILATION], check=True)
+
+
+def test_the_constants_of_a_compiled_kernel_are_not_among_its_arguments(monkeypatch):
+    """Else each of them is checked and made a tensor at every call, which costs more than the kernel."""
+    tensors = []
+
+    def backend(graph, inputs):
+        tensors.append(sum(isinstance(x, torch.Tensor) for x in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    kernels = {fused._kernel_sum: 2, fused._kernel_gradient: 4, special._composed_terms: 2}
+    for kernel, count in kernels.items():
+        args = [torch.rand(4, 8) + 0.1 for _ in range(count)]
+        compiled = _compat.compiled_or_none(kernel, *args)
+        for found, expected in zip(flat(compiled(*args)), flat(kernel(*args)), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert tensors == list(kernels.values())
+
+
+def flat(values):
+    return values if isinstance(values, tuple) else (values,)
 
 
 @pytest.mark.parametrize("works", [True, False])

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pyro_vdo import _compat, special
 from pyro_vdo.numerics.moments import REMEMBERED
+from pyro_vdo.numerics.products import linear
 
 ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
 
@@ -156,8 +156,9 @@ def _chunks(length: int) -> tuple[int, list[slice]]:
 
 
 def _chunked_sum(loc: Tensor, variance: Tensor) -> Tensor:
-    """Sum of the KL for vectors on the CPU; not finite where t overflows."""
+    """Sum of the KL on the CPU; not finite where t overflows."""
     fit = special._fit(loc.dtype)
+    loc, variance = loc.reshape(-1), variance.reshape(-1)
     size, parts = _chunks(len(loc))
     pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
     sums = []
@@ -206,12 +207,20 @@ def _composed_gradient(loc: Tensor, log_scale: Tensor, weight: Tensor, entropy_w
 # The two chunked functions once more, for torch.compile.
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """In four rows, which :func:`_kernel_sum` takes at once, where the elements divide so."""
+    return tensor.reshape(4 if tensor.numel() % 4 == 0 else 1, -1)
+
+
 def _kernel_sum(loc: Tensor, variance: Tensor) -> Tensor:
     fit = special._fit(loc.dtype)
     t = loc * loc / variance
     clamped = t.clamp(max=fit.limit**2)
     ratio = special._horner(fit.value_num, clamped) / special._horner(fit.value_den, clamped)
-    return 0.5 * torch.log1p(t * ratio).sum()
+    x, *others = (t * ratio).unbind(0)
+    for other in others:  # (1 + x) (1 + y) = 1 + (x + x y + y): one logarithm for a column
+        x = x + x * other + other
+    return 0.5 * torch.log1p(x).sum()
 
 
 def _kernel_gradient(loc: Tensor, variance: Tensor, weight: Tensor, entropy_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,14 +232,14 @@ def _kernel_gradient(loc: Tensor, variance: Tensor, weight: Tensor, entropy_weig
     return dloc, entropy_weight - loc * dloc
 
 
-_compiled: dict[tuple[str, torch.device], Callable[..., Any] | None] = {}
+_compiled: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
 
 
 def _best(chunked: Callable[..., Any], kernel: Callable[..., Any], *args: Any) -> Any:
-    """``kernel(*args)`` for vectors, compiled where that is wanted, possible and worth it; else ``chunked(*args)``."""
+    """``kernel(*args)``, compiled where that is wanted, possible and worth it; else ``chunked(*args)``."""
     if not special.use_compiled.enabled or args[0].numel() < _SMALLEST_COMPILED:
         return chunked(*args)
-    key = kernel.__name__, args[0].device
+    key = kernel.__name__, args[0].device, args[0].dtype, args[0].shape[:-1]
     if key not in _compiled:
         _compiled[key] = _compat.compiled_or_none(kernel, *args)
     return (_compiled[key] or chunked)(*args)
@@ -239,7 +248,7 @@ def _best(chunked: Callable[..., Any], kernel: Callable[..., Any], *args: Any) -
 def _sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, bool]:
     """KL, sum of log_scale, and whether t can be had from the variance without over- and underflow."""
     if loc.device.type == "cpu" and loc.numel() > 0:  # nothing to wait for on the CPU
-        total = _best(_chunked_sum, _kernel_sum, loc.reshape(-1), variance.reshape(-1))
+        total = _best(_chunked_sum, _kernel_sum, _rows(loc), _rows(variance))
         tiny = 0.5 * math.log(torch.finfo(loc.dtype).tiny)
         if math.isfinite(total.item()) and log_scale.amin().item() > tiny:
             return total, log_scale.sum(), True
@@ -298,17 +307,38 @@ def log_uniform_sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[
 # --------------------------------------------------------------------------- a linear layer
 
 
-def _linear_draw(
-    x: Tensor, loc: Tensor, variance: Tensor, bias: Tensor | None, shape: tuple[int, ...] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and standard deviation of x w^T + bias, and standard normal noise."""
-    mean, std = _linear_moments(x, loc, variance, bias)
-    eps = torch.randn_like(mean) if shape is None else torch.randn(shape, dtype=mean.dtype, device=mean.device)
-    return mean, std, eps
+def _standard_normal(like: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    if shape is None:
+        return torch.randn_like(like)
+    return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
+def draw(mean: Tensor, std: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A draw of Normal(mean, std^2), of the shape of both or one to which they broadcast."""
+    return _standard_normal(mean, shape).mul_(std).add_(mean)
+
+
+def draw_with_slope(mean: Tensor, var: Tensor, shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """A draw of Normal(mean, var), and its derivative along ``var``, 0 where the variance is 0.
+
+    Outputs of convolutions are so large that new memory costs more than arithmetic; two tensors are made here.
+    """
+    std = var.clamp(min=0).sqrt_()
+    noise = _standard_normal(mean, shape).mul_(std)
+    out = std if std.shape == noise.shape else torch.empty_like(noise)
+    # eps / (2 std) = noise / (2 var)
+    slope = torch.div(noise, var, out=out).mul_(0.5).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    return noise.add_(mean), slope
 
 
 def _linear_moments(x: Tensor, loc: Tensor, variance: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return F.linear(x, loc, bias), F.linear(x * x, variance).clamp_(min=0).sqrt_()
+    """Mean and variance of x w^T + bias."""
+    return linear(x, loc, bias), linear(x * x, variance)
+
+
+def _linear_mean_and_std(*arguments: Any) -> tuple[Tensor, Tensor]:
+    mean, var = _linear_moments(*arguments)
+    return mean, var.clamp_(min=0).sqrt_()
 
 
 class _SampleLinear(Function):
@@ -325,10 +355,8 @@ class _SampleLinear(Function):
         shape: tuple[int, ...] | None,
         keep_variance: bool,
     ) -> Tensor:
-        mean, std, eps = _linear_draw(x, loc, variance, bias, shape)
-        out = torch.addcmul(mean, std, eps)
-        # d out / d var = eps / (2 std), and 0 where the variance is 0.
-        slope = eps.mul_(0.5).div_(std).masked_fill_(std == 0, 0.0)
+        mean, var = _linear_moments(x, loc, variance, bias)
+        out, slope = draw_with_slope(mean, var, shape)
         ctx.keep_variance = keep_variance
         ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
         return out
@@ -345,12 +373,12 @@ class _SampleLinear(Function):
             grad, along_var = grad.sum_to_size(moment_shape), along_var.sum_to_size(moment_shape)
         dx = dloc = dlog_scale = dbias = None
         if need_x:
-            dx = torch.addcmul(grad @ loc, x, along_var @ variance, value=2.0)
+            dx = torch.addcmul(linear(grad, loc.mT), x, linear(along_var, variance.mT), value=2.0)
         data, grad, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, grad, along_var))
         if need_loc:
-            dloc = grad.mT @ data
+            dloc = linear(grad.mT, data.mT)
         if need_log_scale:  # d variance / d log_scale = 2 variance
-            dlog_scale = ((2.0 * along_var).mT @ (data * data)).mul_(variance)
+            dlog_scale = linear((2.0 * along_var).mT, (data * data).mT).mul_(variance)
         if need_bias:
             dbias = grad.sum(0)
         return dx, dloc, dlog_scale, None, dbias, None, None
@@ -391,12 +419,10 @@ def sample_linear(
     ):
         return None
     if not torch.is_grad_enabled():
-        known = REMEMBERED.get()
+        known, arguments = REMEMBERED.get(), (x, loc, variance, bias)
         if known is None or shape is None or math.prod(shape) == math.prod(x.shape[:-1]) * loc.shape[0]:
-            mean, std, eps = _linear_draw(x, loc, variance, bias, shape)
+            mean, std = _linear_mean_and_std(*arguments)
         else:  # the samples share the data, which the next ones will meet as well
-            sources, arguments = (x, loc, log_scale, bias), (x, loc, variance, bias)
-            mean, std = known.of(name, sources, lambda: _linear_moments(*arguments))
-            eps = torch.randn(shape, dtype=mean.dtype, device=mean.device)
-        return eps.mul_(std).add_(mean)
+            mean, std = known.of(name, (x, loc, log_scale, bias), lambda: _linear_mean_and_std(*arguments))
+        return draw(mean, std, shape)
     return _SampleLinear.apply(x, loc, log_scale, variance, bias, shape, keep_variance)  # type: ignore[no-any-return]
