@@ -28,7 +28,7 @@ from pyro_vdo.families.units import (
 )
 from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, init_to_pretrained, register_posterior
 from pyro_vdo.handlers import local_reparameterization, scale_kl
-from pyro_vdo.local_reparam import sample_linear, sample_normal
+from pyro_vdo.local_reparam import sample_linear
 from pyro_vdo.loop.checkpoint import CheckpointError, read_checkpoint
 from pyro_vdo.loop.history import EarlyStop, History
 from pyro_vdo.loop.joint_optim import JointOptim
@@ -36,6 +36,7 @@ from pyro_vdo.loop.memory import release_pretrained
 from pyro_vdo.loop.objective import NumericalError
 from pyro_vdo.loop.run import Run
 from pyro_vdo.modules import to_bayesian
+from pyro_vdo.numerics.draws import sample_normal
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.predictive import LocalPredictive
 from pyro_vdo.priors import EmpiricalBayesNormal, ImproperPriorError, LogUniform

@@ -338,7 +338,7 @@ def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., 
     validation = Distribution._validate_args
     try:
         with torch.no_grad():
-            graph = make_fx(function, tracing_mode="symbolic")(*args)
+            graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="symbolic")(*args)  # no options
         compiled: Callable[..., Any] = torch.compile(graph.forward, dynamic=True, fullgraph=True)
         compiled(*args)
     except Exception:  # whatever the reason, there is another way

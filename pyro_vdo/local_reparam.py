@@ -20,42 +20,10 @@ from torch import Tensor
 from pyro_vdo import _compat
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.numerics import fused
+from pyro_vdo.numerics.draws import sample_normal
 from pyro_vdo.weights import GaussianWeight, Undrawn, register_rule
 
 Arguments = tuple[Any, ...]
-
-
-class _NormalSample(torch.autograd.Function):
-    """mean + sqrt(var) * eps, with gradient 0 instead of nan for the variance where it is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor) -> Tensor:
-        if not ctx.needs_input_grad[1]:
-            return fused.draw(mean, var.clamp(min=0).sqrt_())
-        out, slope = fused.draw_with_slope(mean, var)
-        ctx.save_for_backward(slope)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        var_grad = grad * ctx.saved_tensors[0] if ctx.needs_input_grad[1] else None
-        return grad if ctx.needs_input_grad[0] else None, var_grad
-
-
-def sample_normal(mean: Tensor, var: Tensor) -> Tensor:
-    """Draw from Normal(mean, var) elementwise, differentiably.
-
-    :param mean: mean, any shape.
-    :param var: variance, of the same shape; zero is allowed (its gradient there is 0).
-    """
-    if var.dtype != mean.dtype:  # float16 autocast, see variance_of
-        return sample_normal(mean.to(var.dtype), var).to(mean.dtype)
-    if _compat.is_tracing():  # a trace inlines the forward pass of a Function and loses its backward
-        safe = torch.where(var > 0, var, torch.ones_like(var))
-        std = torch.where(var > 0, safe.sqrt(), torch.zeros_like(var))
-        return mean + std * torch.randn_like(mean)
-    return _NormalSample.apply(mean, var)  # type: ignore[no-any-return]
 
 
 def is_gaussian(value: Any) -> bool:

@@ -8,7 +8,7 @@ draws it, once for the pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map
 from pyro_vdo import _compat
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.numerics import fused
-from pyro_vdo.numerics.shared import FEWEST, LARGEST, SharedSums
+from pyro_vdo.numerics.linear import sample_linear
+from pyro_vdo.numerics.sums import log_uniform_sums
 from pyro_vdo.variables import Places, ReusePolicy, Variable
 
 Rule = Callable[..., Any]
@@ -325,7 +326,7 @@ class GaussianWeight(Undrawn):
         if not loc.shape == log_scale.shape == variance.shape:
             return None
         keep = self.kept is not None or not fused.is_large(loc)
-        return fused.sample_linear(x, loc, log_scale, variance, bias, shape, keep, self.variable.name)
+        return sample_linear(x, loc, log_scale, variance, bias, shape, keep, self.variable.name)
 
     def shared_kl_sum(self, prior: Any) -> Tensor | None:
         """KL to ``prior`` summed over a whole weight, where it is computed together with that of others; else None."""
@@ -353,7 +354,7 @@ class GaussianWeight(Undrawn):
         if type(self) is not GaussianWeight or self._log_scale is None or not self.is_whole(event_dim):
             return None
         loc, log_scale = fused.unrepeated(self.loc), fused.unrepeated(self._log_scale)
-        sums = fused.log_uniform_sums(loc, log_scale, self.constant_variance) if loc.shape == log_scale.shape else None
+        sums = log_uniform_sums(loc, log_scale, self.constant_variance) if loc.shape == log_scale.shape else None
         if sums is None:
             return None
         if fused.is_large(loc):
@@ -433,29 +434,6 @@ class GaussianWeight(Undrawn):
 
 def _rebuild(loc: Tensor, scale: Tensor, name: str, value: Tensor | None) -> GaussianWeight:
     return GaussianWeight(loc, scale, variable=Variable(name, ReusePolicy(), value))
-
-
-def share_sums(weights: Iterable[tuple[Any, Any]]) -> None:
-    """Let small weights of one pass compute their divergences together, where there are many.
-
-    :param weights: pairs of a value and its prior; of the values only whole Gaussian weights count.
-    """
-    groups: dict[Any, list[tuple[GaussianWeight, tuple[Tensor, Tensor]]]] = {}
-    for weight, prior in weights:
-        kind = getattr(prior, "shared_kind", None)
-        if kind is None or type(weight) is not GaussianWeight or weight._log_scale is None:
-            continue
-        if weight.event_dim is None or not weight.is_whole(weight.event_dim):  # a plate has many of them
-            continue
-        parameters = fused.unrepeated(weight.loc), fused.unrepeated(weight._log_scale)
-        like, full = parameters[0], (torch.float32, torch.float64)
-        if like.dtype in full and like.shape == parameters[1].shape and like.numel() <= LARGEST:
-            groups.setdefault((kind, like.dtype, like.device), []).append((weight, parameters))
-    for (kind, *_), members in groups.items():
-        if len(members) >= FEWEST:
-            sums = SharedSums(kind, [parameters for _, parameters in members])
-            for at, (weight, _) in enumerate(members):
-                weight.variable.shared = sums, at
 
 
 def register_rule(

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_vdo as vdo
 from pyro_vdo import special
-from pyro_vdo.numerics import fused
+from pyro_vdo.numerics import fused, sums
 from pyro_vdo.numerics.moments import Moments
+from pyro_vdo.numerics.sums import log_uniform_sums
 
 WIDTH = 64
 WEIGHTS = (WIDTH, WIDTH)
@@ -151,7 +152,7 @@ def test_vectorized_particles_share_one_kl() -> None:
 
 def test_graph_of_the_kl_is_one_node_between_the_parameters_and_the_sum() -> None:
     loc, log_scale = torch.randn(3, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)
-    kl, _ = fused.log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))  # type: ignore[misc]
+    kl, _ = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))  # type: ignore[misc]
     leaves = [node for node, _ in kl.grad_fn.next_functions]
     assert [type(node).__name__ for node in leaves[:2]] == ["AccumulateGrad"] * 2
 
@@ -229,11 +230,11 @@ def test_fused_and_composed_steps_agree(
     monkeypatch.setattr(fused, "_LARGE", 1 if large else 2**40)
     # A kernel stands in for its compiled self: what a compiler makes of it is the compiler's matter.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(fused, "_compiled", {})
-    monkeypatch.setattr(fused, "_SMALLEST_COMPILED", 1)
+    monkeypatch.setattr(sums, "_compiled", {})
+    monkeypatch.setattr(sums, "_SMALLEST_COMPILED", 1)
     with vdo.use_compiled(compiled):
         loss, gradients = loss_and_gradients(model, guide, x, y, elbo)
-    assert bool(fused._compiled) == compiled
+    assert bool(sums._compiled) == compiled
     monkeypatch.setattr(fused, "is_composable_only", lambda *_: True)
     expected_loss, expected = loss_and_gradients(model, guide, x, y, elbo)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
@@ -249,7 +250,7 @@ def test_fused_and_composed_steps_agree(
 def test_sum_is_safe_at_both_ends_of_the_range(loc: float, log_scale: float) -> None:
     mean = torch.full((5,), loc, requires_grad=True)
     log = torch.full((5,), log_scale, requires_grad=True)
-    kl, entropy = fused.log_uniform_sums(mean, log, fused.constant_variance(log.detach()))  # type: ignore[misc]
+    kl, entropy = log_uniform_sums(mean, log, fused.constant_variance(log.detach()))  # type: ignore[misc]
     gradients = torch.autograd.grad(kl, (mean, log))
     exact_mean, exact_log = (x.detach().double().requires_grad_() for x in (mean, log))
     expected = special.normal_log_uniform_kl(exact_mean, exact_log.exp()).sum()
@@ -265,7 +266,7 @@ def test_second_derivatives() -> None:
     log_scale = torch.randn(4, dtype=torch.float64, requires_grad=True)
 
     def kl(loc: Tensor, log_scale: Tensor) -> Tensor:
-        return fused.log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))[0]  # type: ignore[index]
+        return log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))[0]  # type: ignore[index]
 
     assert torch.autograd.gradcheck(kl, (loc, log_scale))
     assert torch.autograd.gradgradcheck(kl, (loc, log_scale))

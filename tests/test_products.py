@@ -59,7 +59,10 @@ def test_the_product_is_that_of_float64_in_every_layout(calls, of_x: str, of_wei
     # Rounding of `size` products: at most size * 2**-24 of the sum of their sizes.
     bound = size * 2.0**-24 * (F.linear(x.abs().double(), weight.abs().double()) + 4)
     assert ((found - exact).abs() <= bound).all()
-    assert len(calls) == (not {of_x, of_weight} & {"every second", "repeated"})
+    with torch.no_grad():
+        found = products.matmul(x, weight.mT)
+    assert ((found - F.linear(x.double(), weight.double())).abs() <= bound).all()
+    assert len(calls) == 2 * (not {of_x, of_weight} & {"every second", "repeated"})
 
 
 @has_onednn
@@ -67,10 +70,11 @@ def test_batches_of_vectors_keep_their_shape(calls) -> None:
     batch, size, out = LARGE
     x, weight = matrix(batch, size, "rows").reshape(10, -1, size), matrix(out, size, "rows")
     with torch.no_grad():
-        found = products.linear(x, weight)
-    assert found.shape == (10, batch // 10, out)
-    assert calls == [((batch, size), (out, size))]
-    torch.testing.assert_close(found, F.linear(x, weight), rtol=1e-4, atol=1e-4)
+        both = products.linear(x, weight), products.matmul(x, weight.mT)
+    assert calls == [((batch, size), (out, size))] * 2
+    for found in both:
+        assert found.shape == (10, batch // 10, out)
+        torch.testing.assert_close(found, F.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_small_products_other_dtypes_and_gradients_go_to_torch(calls) -> None:
@@ -81,6 +85,7 @@ def test_small_products_other_dtypes_and_gradients_go_to_torch(calls) -> None:
     with torch.no_grad():
         for a, b in ((x.double(), weight.double()), (x.bfloat16(), weight.bfloat16()), (x[:2], weight)):
             assert torch.equal(products.linear(a, b), F.linear(a, b))
+            assert torch.equal(products.matmul(a, b.mT), a @ b.mT)
         empty = products.linear(x[:0], weight)
     assert empty.shape == (0, out)
     assert calls == []

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, vmap
 
 from pyro_vdo import _compat, special
-from pyro_vdo.numerics import fused
+from pyro_vdo.numerics import sums
 from pyro_vdo.special import (
     dawson,
     dawson_integral,
@@ -310,8 +310,8 @@ with pyro_vdo.use_compiled():
     pyro_vdo.special.normal_log_uniform_kl(loc, torch.ones(2**18))
     weight = pyro_vdo.FactorizedNormal(loc, log_scale=torch.zeros(2**18)).to_event(1).rsample()
     pyro_vdo.LogUniform().expand([2**18]).to_event(1).log_prob(weight)
-assert pyro_vdo.special._compiled and pyro_vdo.numerics.fused._compiled
-assert None not in {*pyro_vdo.special._compiled.values(), *pyro_vdo.numerics.fused._compiled.values()}
+assert pyro_vdo.special._compiled and pyro_vdo.numerics.sums._compiled
+assert None not in {*pyro_vdo.special._compiled.values(), *pyro_vdo.numerics.sums._compiled.values()}
 assert torch.distributions.Distribution._validate_args
 """
 
@@ -329,7 +329,7 @@ def test_the_constants_of_a_compiled_kernel_are_not_among_its_arguments(monkeypa
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    kernels = {fused._kernel_sum: 2, fused._kernel_gradient: 4, special._composed_terms: 2}
+    kernels = {sums._kernel_sum: 2, sums._kernel_gradient: 4, special._composed_terms: 2}
     for kernel, count in kernels.items():
         args = [torch.rand(4, 8) + 0.1 for _ in range(count)]
         compiled = _compat.compiled_or_none(kernel, *args)

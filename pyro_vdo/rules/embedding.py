@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_vdo.drawn import DrawnWeight
-from pyro_vdo.local_reparam import Arguments, bind, core, is_gaussian, sample_normal
+from pyro_vdo.local_reparam import Arguments, bind, core, is_gaussian
+from pyro_vdo.numerics.draws import sample_normal
 from pyro_vdo.weights import GaussianWeight, register_rule
 
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")

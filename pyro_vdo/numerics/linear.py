@@ -1,0 +1,125 @@
+"""A linear layer by local reparameterization, whose backward pass writes each gradient of the weight once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from pyro_vdo.numerics import fused
+from pyro_vdo.numerics.draws import draw, draw_with_slope
+from pyro_vdo.numerics.moments import REMEMBERED
+from pyro_vdo.numerics.products import linear, matmul
+
+
+def _linear_moments(x: Tensor, loc: Tensor, variance: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x w^T + bias."""
+    return linear(x, loc, bias), linear(x * x, variance)
+
+
+def _linear_mean_and_std(*arguments: Any) -> tuple[Tensor, Tensor]:
+    mean, var = _linear_moments(*arguments)
+    return mean, var.clamp_(min=0).sqrt_()
+
+
+def _times_variance_(tensor: Tensor, log_scale: Tensor) -> None:
+    """Multiply ``tensor`` by exp(2 log_scale), in parts that stay in the cache on the CPU."""
+    flat, logs = tensor.view(-1), log_scale.detach().reshape(-1)
+    for part in fused.chunks(len(flat))[1] if tensor.device.type == "cpu" else [slice(None)]:
+        flat[part].mul_(fused.constant_variance(logs[part]))
+
+
+class _SampleLinear(Function):
+    """A draw of x w^T + bias from its own Normal; the backward pass writes each gradient of the weight once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        loc: Tensor,
+        log_scale: Tensor,
+        variance: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, ...] | None,
+        keep_variance: bool,
+    ) -> Tensor:
+        mean, var = _linear_moments(x, loc, variance, bias)
+        out, slope = draw_with_slope(mean, var, shape)
+        ctx.keep_variance = keep_variance
+        ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, loc, kept, slope = ctx.saved_tensors
+        need_x, need_loc, need_log_scale, _, need_bias, _, _ = ctx.needs_input_grad
+        along_var = grad * slope
+        moment_shape = (*x.shape[:-1], loc.shape[0])
+        if grad.shape != moment_shape:  # particles that share the moments
+            grad, along_var = grad.sum_to_size(moment_shape), along_var.sum_to_size(moment_shape)
+        dx = dloc = dlog_scale = dbias = None
+        variance = kept if ctx.keep_variance else None
+        if need_x:
+            variance = fused.constant_variance(kept) if variance is None else variance
+            dx = torch.addcmul(matmul(grad, loc), x, matmul(along_var, variance), value=2.0)
+        data, grad, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, grad, along_var))
+        if need_loc:
+            dloc = matmul(grad.mT, data)
+        if need_log_scale:  # d variance / d log_scale = 2 variance
+            dlog_scale = matmul((2.0 * along_var).mT, data * data)
+            if variance is None:
+                _times_variance_(dlog_scale, kept)
+            else:
+                dlog_scale.mul_(variance)
+        if need_bias:
+            dbias = grad.sum(0)
+        return dx, dloc, dlog_scale, None, dbias, None, None
+
+
+def sample_linear(
+    x: Tensor,
+    loc: Tensor,
+    log_scale: Tensor,
+    variance: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, ...] | None = None,
+    keep_variance: bool = True,
+    name: str = "",
+) -> Tensor | None:
+    """A draw of ``F.linear(x, w, bias)``, w ~ Normal(loc, scale^2), by local reparameterization.
+
+    :param x: (*batch, in).
+    :param loc: (out, in).
+    :param log_scale: (out, in), where the gradient goes.
+    :param variance: (out, in), exp(2 log_scale) or 0, taken as a constant.
+    :param bias: (out,) or None.
+    :param shape: of the result, where it has more draws than (*batch, out).
+    :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
+    :param name: of the weight, under which moments are remembered; all of them are functions of ``log_scale``.
+    :returns: None where it has to be composed of ordinary functions: under autocast, in a trace or transform, for
+        float16, mixed dtypes and other shapes.
+    """
+    tensors = (x, loc, log_scale, variance) if bias is None else (x, loc, log_scale, variance, bias)
+    if (
+        loc.dim() != 2
+        or x.dim() == 0
+        or loc.dtype is torch.float16
+        or (bias is not None and bias.dim() != 1)
+        or any(t.dtype != loc.dtype for t in tensors)
+        or fused.autocast_dtype(x) is not None
+        or fused.is_composable_only(*tensors)
+    ):
+        return None
+    if not torch.is_grad_enabled():
+        known, arguments = REMEMBERED.get(), (x, loc, variance, bias)
+        if known is None or shape is None or math.prod(shape) == math.prod(x.shape[:-1]) * loc.shape[0]:
+            mean, std = _linear_mean_and_std(*arguments)
+        else:  # the samples share the data, which the next ones will meet as well
+            mean, std = known.of(name, (x, loc, log_scale, bias), lambda: _linear_mean_and_std(*arguments))
+        return draw(mean, std, shape)
+    return _SampleLinear.apply(x, loc, log_scale, variance, bias, shape, keep_variance)  # type: ignore[no-any-return]

@@ -1,0 +1,210 @@
+"""The log-uniform KL and E log q summed over a whole weight, in as few passes over memory as eager torch allows.
+
+Everything is a function of ``loc`` and ``log_scale``, with ``t = (loc / scale)^2``. The derivative of the log-uniform
+KL along ``log_scale`` is ``-loc`` times that along ``loc``, so one rational function gives both gradients, and the
+backward pass computes it from what is there already: between forward and backward nothing is stored but the variance.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from pyro_vdo import _compat, special
+from pyro_vdo.numerics import fused
+
+# Up to here the number of calls costs more than the arithmetic.
+_SHORT = 2**13
+# Below this a call of a compiled kernel costs more than it saves.
+_SMALLEST_COMPILED = 2**14
+
+
+@functools.cache
+def _pairs(num: tuple[float, ...], den: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Coefficients of both polynomials, highest power first, as columns: one call evaluates the two."""
+    columns = zip(reversed(num), reversed(den), strict=True)
+    return tuple(torch.tensor(column, dtype=dtype, device="cpu").unsqueeze(1) for column in columns)
+
+
+def _quotient(num: tuple[float, ...], den: tuple[float, ...], t: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
+    """num(t) and den(t), each a row of ``pair``."""
+    if len(t) > _SHORT:  # two rows at once would not fit into the cache
+        for coefficients, row in ((num, pair[0]), (den, pair[1])):
+            first, *rest = special._constants(coefficients[-2::-1], t.dtype)
+            torch.add(first, t, alpha=coefficients[-1], out=row)
+            for coefficient in rest:
+                torch.addcmul(coefficient, row, t, out=row)
+    else:
+        highest, first, *rest = _pairs(num, den, t.dtype)
+        torch.addcmul(first, highest, t, out=pair)
+        for coefficient in rest:
+            torch.addcmul(coefficient, pair, t, out=pair)
+    return pair[0], pair[1]
+
+
+def _chunked_sum(loc: Tensor, variance: Tensor) -> Tensor:
+    """Sum of the KL on the CPU; not finite where t overflows."""
+    fit = special._fit(loc.dtype)
+    loc, variance = loc.reshape(-1), variance.reshape(-1)
+    size, parts = fused.chunks(len(loc))
+    pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
+    sums = []
+    for part in parts:
+        mean, var = loc[part], variance[part]
+        count = len(mean)
+        t, clamped = t_full[:count], clamped_full[:count]
+        torch.mul(mean, mean, out=t).div_(var)
+        torch.clamp(t, max=fit.limit**2, out=clamped)
+        num, den = _quotient(fit.value_num, fit.value_den, clamped, pair[:, :count])
+        sums.append(t.mul_(num).div_(den).log1p_().sum())
+    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) * 0.5
+
+
+def _chunked_gradient(
+    loc: Tensor, variance: Tensor, weight: Tensor, entropy_weight: Tensor, of_log_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``weight * KL + entropy_weight * sum of log_scale`` in loc and log_scale, for vectors on the CPU.
+
+    ``of_log_scale``: log_scale is passed in place of the variance.
+    """
+    fit = special._fit(loc.dtype)
+    dloc, dlog_scale = torch.empty_like(loc), torch.empty_like(loc)
+    size, parts = fused.chunks(len(loc))
+    pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
+    zero, factor = loc.new_zeros(()), weight.item()
+    for part in parts:
+        mean, var = loc[part], variance[part]
+        if of_log_scale:
+            var = fused.constant_variance(var)
+        count = len(mean)
+        t, clamped = t_full[:count], clamped_full[:count]
+        torch.mul(mean, mean, out=t)
+        torch.div(t, var, out=clamped).clamp_(max=fit.limit**2)
+        num, den = _quotient(fit.slope_num, fit.slope_den, clamped, pair[:, :count])
+        # KL'(r) / scale = num / den / (r + c / r) / scale = num * loc / (den * (loc^2 + c scale^2)), see special.py.
+        den.mul_(t.add_(var, alpha=fit.shift))
+        slope = torch.addcdiv(zero, num.mul_(mean), den, value=factor, out=dloc[part])
+        torch.addcmul(entropy_weight, mean, slope, value=-1.0, out=dlog_scale[part])
+    return dloc, dlog_scale
+
+
+def _composed_sum(loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return special._value(loc * (-log_scale).exp()).sum(), log_scale.sum()
+
+
+def _composed_gradient(loc: Tensor, log_scale: Tensor, weight: Tensor, entropy_weight: Tensor) -> tuple[Tensor, Tensor]:
+    inverse = (-log_scale).exp()
+    dloc = weight * special._slope(loc * inverse) * inverse
+    return dloc, entropy_weight - loc * dloc
+
+
+# The two chunked functions once more, for torch.compile.
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """In four rows, which :func:`_kernel_sum` takes at once, where the elements divide so."""
+    return tensor.reshape(4 if tensor.numel() % 4 == 0 else 1, -1)
+
+
+def _kernel_sum(loc: Tensor, variance: Tensor) -> Tensor:
+    fit = special._fit(loc.dtype)
+    total = None
+    for mean, var in zip(loc.unbind(0), variance.unbind(0), strict=True):
+        t = mean * mean / var
+        clamped = t.clamp(max=fit.limit**2)
+        x = t * (special._horner(fit.value_num, clamped) / special._horner(fit.value_den, clamped))
+        # (1 + x) (1 + y) = 1 + (x + x y + y): one logarithm for a column
+        total = x if total is None else total + total * x + x
+    return 0.5 * torch.log1p(total).sum()  # type: ignore[arg-type]
+
+
+def _kernel_gradient(
+    loc: Tensor, variance: Tensor, weight: Tensor, entropy_weight: Tensor, of_log_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    fit = special._fit(loc.dtype)
+    if of_log_scale:
+        variance = (2.0 * variance).exp()
+    square = loc * loc
+    clamped = (square / variance).clamp(max=fit.limit**2)
+    below = special._horner(fit.slope_den, clamped) * (square + fit.shift * variance)
+    dloc = weight * loc * special._horner(fit.slope_num, clamped) / below
+    return dloc, entropy_weight - loc * dloc
+
+
+_compiled: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
+
+
+def _best(chunked: Callable[..., Any], kernel: Callable[..., Any], *args: Tensor, **options: Any) -> Any:
+    """``kernel(*args)``, compiled where that is wanted, possible and worth it; else ``chunked(*args)``."""
+    if not special.use_compiled.enabled or args[0].numel() < _SMALLEST_COMPILED:
+        return chunked(*args, **options)
+    key = kernel.__name__, args[0].device, args[0].dtype, args[0].shape[:-1], *options.values()
+    if key not in _compiled:
+        _compiled[key] = _compat.compiled_or_none(functools.partial(kernel, **options), *args)
+    compiled = _compiled[key]
+    return chunked(*args, **options) if compiled is None else compiled(*args)
+
+
+def _sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """KL, sum of log_scale, and whether t can be had from the variance without over- and underflow."""
+    if loc.device.type == "cpu" and loc.numel() > 0:  # nothing to wait for on the CPU
+        total = _best(_chunked_sum, _kernel_sum, _rows(loc), _rows(variance))
+        tiny = 0.5 * math.log(torch.finfo(loc.dtype).tiny)
+        if math.isfinite(total.item()) and log_scale.amin().item() > tiny:
+            return total, log_scale.sum(), True
+    return *_best(_composed_sum, _composed_sum, loc.reshape(-1), log_scale.reshape(-1)), False
+
+
+class _LogUniformSums(Function):
+    """(loc, log_scale, variance) -> sum of the log-uniform KL, sum of log_scale."""
+
+    @staticmethod
+    def forward(ctx: Any, loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        kl, total, ctx.by_variance = _sums(loc, log_scale, variance)
+        ctx.save_for_backward(loc, log_scale, None if fused.is_large(loc) else variance)
+        ctx.set_materialize_grads(False)
+        return kl, total
+
+    @staticmethod
+    def backward(ctx: Any, along_kl: Tensor | None, along_log_scale: Tensor | None) -> Any:
+        loc, log_scale, variance = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of this derivative is wanted
+            return *_differentiable_gradient(loc, log_scale, along_kl, along_log_scale), None
+        zero = loc.new_zeros(())
+        weights = [zero if x is None else x for x in (along_kl, along_log_scale)]
+        if not ctx.by_variance:
+            flat = _best(_composed_gradient, _composed_gradient, loc.reshape(-1), log_scale.reshape(-1), *weights)
+        else:
+            scales = log_scale if variance is None else variance
+            args = loc.reshape(-1), scales.reshape(-1), *weights
+            flat = _best(_chunked_gradient, _kernel_gradient, *args, of_log_scale=variance is None)
+        return *(_compat.owned_view(gradient, loc.shape) for gradient in flat), None
+
+
+def _differentiable_gradient(loc: Tensor, log_scale: Tensor, *along: Tensor | None) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        sums = special.normal_log_uniform_kl(loc, log_scale.exp()).sum(), log_scale.sum()
+        total = sum(weight * value for weight, value in zip(along, sums, strict=True) if weight is not None)
+        return torch.autograd.grad(total, (loc, log_scale), create_graph=True, materialize_grads=True)  # type: ignore[arg-type]
+
+
+def log_uniform_sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor] | None:
+    """KL(Normal(loc, scale^2) || log-uniform) and E log q, each summed over all elements; two scalars.
+
+    :param loc: mean, any shape.
+    :param log_scale: log of the standard deviation, of the same shape.
+    :param variance: scale^2, of the same shape and without a gradient, which goes to ``log_scale``.
+    :returns: None where the sums have to be composed of ordinary functions: other dtypes than float32 and float64,
+        while a trace is recorded, inside of ``torch.func`` transforms.
+    """
+    if loc.dtype not in (torch.float32, torch.float64) or fused.is_composable_only(loc, log_scale, variance):
+        return None
+    # No view between here and the caller: autograd adds gradients in place only where nothing shares their memory.
+    kl, total = _LogUniformSums.apply(loc, log_scale, variance)
+    return kl, -total - loc.numel() * fused.ENTROPY_CONSTANT
