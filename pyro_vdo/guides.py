@@ -27,8 +27,8 @@ from pyro_vdo.initial import init_to_pretrained as init_to_pretrained
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.pruning import Prunable
 from pyro_vdo.sharing import share_sums
+from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.variables import ReusePolicy
-from pyro_vdo.weights import Undrawn
 
 
 class SitePosterior(nn.Module):

@@ -21,7 +21,8 @@ from pyro_vdo import _compat
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import sample_normal
-from pyro_vdo.weights import GaussianWeight, Undrawn, register_rule
+from pyro_vdo.undrawn import Undrawn
+from pyro_vdo.weights import GaussianWeight, register_rule
 
 Arguments = tuple[Any, ...]
 

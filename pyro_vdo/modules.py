@@ -19,7 +19,7 @@ from pyro_vdo.declarations import Prior, WeightDeclaration
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.families.hierarchical import HierarchicalNormal
 from pyro_vdo.families.units import UnitNoise
-from pyro_vdo.weights import Undrawn
+from pyro_vdo.undrawn import Undrawn
 
 #: layers whose ``weight`` meets a function that has a rule
 LAYERS: tuple[type[nn.Module], ...] = (

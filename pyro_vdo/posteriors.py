@@ -13,8 +13,9 @@ from pyro_vdo.blocks import Block, BlockWeight
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.numerics import fused
 from pyro_vdo.special import LOG_SQRT_2PI
+from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.variables import ReusePolicy, Variable
-from pyro_vdo.weights import GaussianWeight, Undrawn
+from pyro_vdo.weights import GaussianWeight
 
 
 class FactorizedNormal(dist.Normal):

@@ -18,7 +18,8 @@ from pyro_vdo.groups import Group, check_group, group_max, group_mean, resolve_g
 from pyro_vdo.layout import WeightLayout
 from pyro_vdo.numerics import fused
 from pyro_vdo.special import LOG_ABS_OFFSET
-from pyro_vdo.weights import GaussianWeight, Undrawn, expected_log_prob
+from pyro_vdo.undrawn import Undrawn, expected_log_prob
+from pyro_vdo.weights import GaussianWeight
 
 KLKind = Literal["exact", "molchanov", "kingma"]
 KL_KINDS: tuple[KLKind, ...] = ("exact", "molchanov", "kingma")

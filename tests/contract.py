@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import pyro_vdo as vdo
+from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.variables import ReusePolicy, Variable
-from pyro_vdo.weights import GaussianWeight, Undrawn
+from pyro_vdo.weights import GaussianWeight
 
 Map = Callable[..., Tensor]
 
@@ -240,3 +241,8 @@ class RuleContract:
         noise = standard_noise(out, mean.expand_as(out), var.expand_as(out))
         assert noise.abs().max() < LARGEST
         assert not torch.allclose(out[0][var > 0], out[1][var > 0])
+
+
+def weight(*shape: int, strict: bool = True, name: str = "w", **kwargs: Any) -> GaussianWeight:
+    variable = Variable(name, ReusePolicy(strict=strict))
+    return GaussianWeight(torch.randn(shape), torch.rand(shape) + 0.1, variable=variable, **kwargs)

@@ -34,7 +34,7 @@ from scipy.special import dawsn
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo.weights import Undrawn
+from pyro_vdo.undrawn import Undrawn
 
 N, FULL = 6, 60
 Model = Callable[..., Any]

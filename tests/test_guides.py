@@ -15,39 +15,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from pyro.nn import PyroModule
-from torch import Tensor, nn
+from torch import Tensor
 
 import pyro_vdo as vdo
 from pyro_vdo.weights import GaussianWeight
-
-X = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-Y = torch.randint(0, 2, (40,), generator=torch.Generator().manual_seed(1))
-
-
-def plain_network() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-
-
-class Setup:
-    """A classifier, its guide and its SVI."""
-
-    def __init__(self, net: nn.Module | None = None, lr: Any = None, **options: Any) -> None:
-        self.net = vdo.to_bayesian(plain_network() if net is None else net, vdo.LogUniform())
-        self.guide = vdo.AutoFactorizedNormal(self.model, **options)
-        self.svi = SVI(self.model, self.guide, pyro.optim.Adam(lr or {"lr": 0.01}), Trace_ELBO())
-
-    def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        logits = self.net(x)
-        with pyro.plate("data", len(x)):
-            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)  # type: ignore[no-any-return]
-
-    def train(self, steps: int = 5) -> list[float]:
-        return [float(self.svi.step(X, Y)) for _ in range(steps)]
-
-    def state(self) -> dict[str, Tensor]:
-        return {k: v.clone() for part in (self.net, self.guide) for k, v in part.state_dict().items()}
+from tests.classifier import Setup, X, Y, plain_network
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -55,37 +29,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 # --------------------------------------------------------------------------- start
-
-
-def test_starts_from_the_weights_of_the_network() -> None:
-    plain = plain_network()
-    guide = Setup(plain).guide.setup(X, Y)
-    median = guide.median()
-    assert median.keys() == {"0.weight", "2.weight"}
-    torch.testing.assert_close(median["0.weight"], plain[0].weight.detach())
-    q = guide.posteriors()["2.weight"]
-    torch.testing.assert_close(q.scale, torch.full((2, 4), 0.01))
-    torch.testing.assert_close(q.log_alpha, 2 * (math.log(0.01) - q.loc.abs().log()))
-    assert not q.loc.requires_grad
-
-
-def test_init_scale_and_init_function() -> None:
-    guide = Setup(
-        init_scale=lambda loc: 0.5 * loc.abs(),
-        init_loc_fn=init_to_value(values={"0.weight": torch.full((4, 3), -2.0), "2.weight": torch.ones(2, 4)}),
-    ).guide
-    q = guide.setup(X, Y).posteriors()
-    assert (q["0.weight"].loc == -2).all()
-    torch.testing.assert_close(q["0.weight"].scale, torch.ones(4, 3))
-    torch.testing.assert_close(q["2.weight"].scale, torch.full((2, 4), 0.5))
-
-
-@pytest.mark.parametrize("scale", [0.0, -0.1, float("nan")])
-def test_bad_init_scale(scale: float) -> None:
-    with pytest.raises(ValueError, match="init_scale must be > 0"):
-        Setup(init_scale=scale)
-    with pytest.raises(ValueError, match=r"init_scale.*'0\.weight'"):
-        Setup(init_scale=lambda loc: torch.full_like(loc, scale)).guide.setup(X, Y)
 
 
 def test_quantiles() -> None:
@@ -128,14 +71,6 @@ def test_discrete_sites_are_named() -> None:
 
     with pytest.raises(ValueError, match=r"site 'z' is discrete.*hide=\['z'\]"):
         vdo.AutoFactorizedNormal(model).setup(X)
-
-
-def test_initial_values_that_are_not_finite() -> None:
-    plain = plain_network()
-    with torch.no_grad():
-        plain[2].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"weight '2\.weight' of the network is not finite"):
-        Setup(plain).guide.setup(X, Y)
 
 
 def test_load_state_dict_before_setup() -> None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import pyro_vdo as vdo
 from pyro_vdo.modules import LAYERS, bayesian_weights
-from pyro_vdo.weights import GaussianWeight, Undrawn
+from pyro_vdo.undrawn import Undrawn
+from pyro_vdo.weights import GaussianWeight
 
 
 class Residual(nn.Module):

@@ -33,8 +33,9 @@ from pyro_vdo.numerics import fused
 from pyro_vdo.posteriors import DrawnNormal, FactorizedNormal
 from pyro_vdo.rules.views import CASTS, VIEWS
 from pyro_vdo.special import LOG_SQRT_2PI
+from pyro_vdo.undrawn import Rule, Undrawn
 from pyro_vdo.variables import Places, ReusePolicy, Variable
-from pyro_vdo.weights import GaussianWeight, Rule, Undrawn, register_rule
+from pyro_vdo.weights import GaussianWeight, register_rule
 
 
 class CorrelatedWeight(Undrawn):

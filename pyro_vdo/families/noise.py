@@ -18,8 +18,9 @@ from torch.distributions import Distribution
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyro_vdo.drawn import DrawnWeight
+from pyro_vdo.undrawn import Rule, Undrawn
 from pyro_vdo.variables import ReusePolicy, Variable
-from pyro_vdo.weights import GaussianWeight, Rule, Undrawn, register_rule
+from pyro_vdo.weights import GaussianWeight, register_rule
 
 
 class UndrawnNoise(Undrawn):

@@ -20,8 +20,8 @@ from pyro_vdo.numerics import truncated, truncated_normal
 from pyro_vdo.posteriors import UndrawnEvent, _same
 from pyro_vdo.priors import WeightPrior
 from pyro_vdo.special import LOG_SQRT_2PI
+from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.variables import ReusePolicy, Variable
-from pyro_vdo.weights import Undrawn
 
 
 class TruncatedLogUniform(WeightPrior):

@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from pyro_vdo.weights import Undrawn
+from pyro_vdo.undrawn import Undrawn
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 

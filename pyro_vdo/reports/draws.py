@@ -22,7 +22,7 @@ from pyro_vdo import _compat
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
 from pyro_vdo.reports.sites import Site, guide_params, inspect_sites, plate_nesting, site_parameters, unwrapped
-from pyro_vdo.weights import Undrawn
+from pyro_vdo.undrawn import Undrawn
 
 _PLATE = "_pyro_vdo_draws"
 

@@ -1,0 +1,80 @@
+"""The log-uniform KL summed over a weight: the same numbers by every way, at both ends of the range."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+import pyro_vdo as vdo
+from pyro_vdo import special
+from pyro_vdo.numerics import fused, sums
+from pyro_vdo.numerics.sums import log_uniform_sums
+from tests.one_step import loss_and_gradients, program
+
+
+def test_graph_of_the_kl_is_one_node_between_the_parameters_and_the_sum() -> None:
+    loc, log_scale = torch.randn(3, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)
+    kl, _ = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))  # type: ignore[misc]
+    leaves = [node for node, _ in kl.grad_fn.next_functions]
+    assert [type(node).__name__ for node in leaves[:2]] == ["AccumulateGrad"] * 2
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("large", [False, True], ids=["variance kept", "variance anew"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_fused_and_composed_steps_agree(
+    particles: int, large: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, guide, x, y = program()
+    with torch.no_grad():
+        for name, param in guide.named_parameters():
+            if name.endswith("log_scale"):
+                param.add_(torch.randn_like(param))
+    elbo = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
+    monkeypatch.setattr(fused, "_LARGE", 1 if large else 2**40)
+    # A kernel stands in for its compiled self: what a compiler makes of it is the compiler's matter.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(sums, "_compiled", {})
+    monkeypatch.setattr(sums, "_SMALLEST_COMPILED", 1)
+    with vdo.use_compiled(compiled):
+        loss, gradients = loss_and_gradients(model, guide, x, y, elbo)
+    assert bool(sums._compiled) == compiled
+    monkeypatch.setattr(fused, "is_composable_only", lambda *_: True)
+    expected_loss, expected = loss_and_gradients(model, guide, x, y, elbo)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("loc", "log_scale"),  # loc / scale has to be a float32, nothing else
+    [(loc, log_scale) for loc in (0.0, 1e-30, 0.3, 1e15, 1e25) for log_scale in (-60.0, -44.5, -3.0, 40.0)
+     if loc * math.exp(-log_scale) < 3e38],
+)  # fmt: skip
+def test_sum_is_safe_at_both_ends_of_the_range(loc: float, log_scale: float) -> None:
+    mean = torch.full((5,), loc, requires_grad=True)
+    log = torch.full((5,), log_scale, requires_grad=True)
+    kl, entropy = log_uniform_sums(mean, log, fused.constant_variance(log.detach()))  # type: ignore[misc]
+    gradients = torch.autograd.grad(kl, (mean, log))
+    exact_mean, exact_log = (x.detach().double().requires_grad_() for x in (mean, log))
+    expected = special.normal_log_uniform_kl(exact_mean, exact_log.exp()).sum()
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-12)
+    exact = torch.autograd.grad(expected, (exact_mean, exact_log))
+    for gradient, reference in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-30)
+    assert entropy.item() == pytest.approx(-5 * (log_scale + fused.ENTROPY_CONSTANT), rel=1e-6)
+
+
+def test_second_derivatives() -> None:
+    loc = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    log_scale = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def kl(loc: Tensor, log_scale: Tensor) -> Tensor:
+        return log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))[0]  # type: ignore[index]
+
+    assert torch.autograd.gradcheck(kl, (loc, log_scale))
+    assert torch.autograd.gradgradcheck(kl, (loc, log_scale))
