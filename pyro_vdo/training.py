@@ -76,7 +76,8 @@ def fit(
     :param resume: ``"auto"`` continues from the checkpoint if there is one, ``True`` demands one, ``False`` starts
         anew. A resumed run ends bit-equal to one that was never interrupted (on CPU): parameters, optimizer, random
         states, order of the batches, buffers and random generators of the modules and loaders that model, guide and
-        data refer to. What else changes while training belongs into ``state``.
+        data refer to. What else changes while training belongs into ``state``; workers of a DataLoader that persist
+        from epoch to epoch have random states that nobody can read.
     :param device: where batches, modules and guide are moved to.
     :param dtype: what floating point batches, modules and guide are cast to.
     :param clip_grad: largest norm of the gradient of all parameters together.
@@ -93,9 +94,14 @@ def fit(
     :raises ValueError: for arguments and data that make no sense; the message names them.
     """
     _check_data(data, epochs)
+    if isinstance(validate, Iterator):
+        raise ValueError(
+            "fit: validate is an iterator, which is empty after one validation. Give a list or a DataLoader."
+        )
     settings = Settings(
         epochs, optim, lr, param_options, Trace_ELBO() if loss is None else loss, _schedule(kl_weight, "kl_weight"),
-        lr_schedule, None if prune is None else _schedule(prune, "prune"), threshold, validate, validate_every,
+        None if lr_schedule is None else _schedule(lr_schedule, "lr_schedule"),
+        None if prune is None else _schedule(prune, "prune"), threshold, validate, validate_every,
         early_stop, checkpoint, checkpoint_every, resume, None if device is None else torch.device(device), dtype,
         clip_grad, tuple(callbacks), dict(state or {}), progress, seed,
     )  # fmt: skip
@@ -106,17 +112,25 @@ def fit(
 def _schedule(value: float | Schedule, name: str) -> Schedule:
     if callable(value):
         return value
-    if not float(value) >= 0 and name == "kl_weight":
+    if not float(value) >= 0 and name != "prune":
         raise ValueError(f"fit: {name} must be >= 0, not {value}")
     number = float(value)
     return lambda epoch: number
 
 
+def _changes(schedule: Schedule, epochs: int) -> bool:
+    """Whether a schedule has more than one value, seen at ten points of each epoch."""
+    return len({float(schedule(at / 10)) for at in range(10 * int(epochs))}) > 1
+
+
 def _check(settings: Settings, guide: Any) -> None:
     """Refuse settings that make no sense together."""
     for name in ("epochs", "validate_every", "checkpoint_every"):
-        if int(getattr(settings, name)) < (0 if name == "epochs" else 1):
-            raise ValueError(f"fit: {name} must be positive, not {getattr(settings, name)}")
+        value = getattr(settings, name)
+        if int(value) != value or value < (0 if name == "epochs" else 1):
+            raise ValueError(f"fit: {name} must be positive and whole, not {value}")
+    if settings.threshold != settings.threshold:
+        raise ValueError("fit: threshold is nan; weights with log alpha >= threshold count as zero")
     if settings.resume not in (True, False, "auto"):
         raise ValueError(f"fit: resume must be True, False or 'auto', not {settings.resume!r}")
     if settings.resume is True and settings.checkpoint is None:
@@ -125,7 +139,10 @@ def _check(settings: Settings, guide: Any) -> None:
         raise ValueError(f"fit: clip_grad must be > 0, not {settings.clip_grad}")
     if settings.prune is not None and not hasattr(guide, "prune"):
         raise ValueError(f"fit: prune needs a guide with prune(threshold), not {type(guide).__name__}")
-    if _compat.is_compiled(settings.loss) and (settings.prune or settings.kl_weight(0) != settings.kl_weight(1e9)):
+    weights = (
+        {settings.kl_weight(epoch) for epoch in range(settings.epochs)} if _compat.is_compiled(settings.loss) else ()
+    )
+    if _compat.is_compiled(settings.loss) and (settings.prune or len(weights) > 1):
         raise ValueError(
             f"fit: {type(settings.loss).__name__} compiles the first step and repeats it, so that neither kl_weight "
             "nor prune may change. Use Trace_ELBO()."

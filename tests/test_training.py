@@ -177,6 +177,36 @@ def test_validation_on_data_is_the_data_term() -> None:
     assert Case().fit(epochs=1, validate=lambda: 2)[0]["val"] == 2.0
 
 
+def test_validation_weighs_data_points_alike() -> None:
+    x, y = data()
+    case = Case(batch_norm=False)
+    uneven = [(x[:59], y[:59]), (x[59:], y[59:])]
+    rows = [case.fit([data()], epochs=1, lr=0.0, validate=batches)[0] for batches in ([(x, y)], uneven)]
+    assert rows[1]["val_nll"] == pytest.approx(rows[0]["val_nll"], rel=0.05)  # two draws of the noise, as above
+    with torch.no_grad():  # the single point is not worth as much as the others together
+        alone = case.fit([data()], epochs=1, lr=0.0, validate=[uneven[1]])[0]["val_nll"]
+    assert abs(alone / rows[0]["val_nll"] - 1) > 0.1
+
+
+def test_schedules_are_asked_within_the_run_alone() -> None:
+    asked = []
+
+    def weight(epoch: float) -> float:
+        asked.append(epoch)
+        return [0.1, 0.5, 1.0][int(epoch)]
+
+    Case().fit(epochs=3, kl_weight=weight)
+    assert 0 <= min(asked) <= max(asked) < 3
+    assert Case().fit(epochs=1, lr=0.5, lr_schedule=0.5)[0]["lr"] == 0.25
+
+
+def test_modes_that_a_callback_switches() -> None:
+    case = Case()
+    case.net.eval()
+    case.fit(epochs=4, callbacks=[lambda run: case.net.train(run.epoch >= 2)])
+    assert case.net[1].num_batches_tracked == 2 * 3  # three batches in each of the last two epochs
+
+
 def test_early_stopping_ends_with_the_best_epoch() -> None:
     values = iter([3.0, 2.0, 1.0, 4.0, math.nan, 5.0, 6.0])
     states = []
@@ -267,9 +297,14 @@ def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
         ({"kl_weight": -1.0}, "kl_weight must be >= 0"),
         ({"kl_weight": lambda epoch: -1.0}, "factor must be >= 0"),
         ({"clip_grad": 0.0}, "clip_grad must be > 0"),
+        ({"threshold": math.nan}, "threshold is nan"),
+        ({"epochs": 2.5}, "epochs must be positive and whole"),
+        ({"lr_schedule": -1.0}, "lr_schedule must be >= 0"),
+        ({"validate": iter([])}, "validate is an iterator"),
+        ({"validate": []}, "validate gave no batches in epoch 1"),
         ({"resume": "always"}, "resume must be"),
         ({"resume": True}, "needs checkpoint"),
-        ({"loss": JitTrace_ELBO(), "kl_weight": vdo.kl_warmup()}, "compiles the first step"),
+        ({"loss": JitTrace_ELBO(), "kl_weight": vdo.kl_warmup(), "epochs": 20}, "compiles the first step"),
     ],
 )
 def test_arguments_that_make_no_sense(options: dict[str, object], message: str) -> None:

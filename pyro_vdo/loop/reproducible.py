@@ -64,6 +64,7 @@ def preserved_random_state() -> Iterator[None]:
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _FOREIGN = ("torch", "pyro", "numpy", "builtins", "functools", "pyro_vdo")
+_FEW = 100  # items of a container that is not data
 
 
 def find_objects(**roots: Any) -> dict[str, Any]:
@@ -98,21 +99,48 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield "self", value.__self__
         yield "func", value.__func__
     elif isinstance(value, FunctionType):
-        if (value.__module__ or "").partition(".")[0] not in _FOREIGN or value.__closure__:
-            names = inspect.getclosurevars(value)
-            yield from {**names.globals, **names.nonlocals}.items()
+        if _is_own(value.__module__) or value.__closure__:
+            yield from _names(value)
     elif isinstance(value, DataLoader):
         yield "generator", value.generator
         yield "sampler", value.sampler
         yield "batch_sampler", value.batch_sampler
-    elif isinstance(value, dict):
-        yield from ((str(key), item) for key, item in value.items() if isinstance(item, (nn.Module, *_GENERATORS)))
-    elif isinstance(value, (list, tuple)):
-        yield from ((str(at), item) for at, item in enumerate(value) if isinstance(item, (nn.Module, *_GENERATORS)))
-    elif not isinstance(value, (nn.Module, Tensor, type, *_GENERATORS)) and hasattr(value, "__dict__"):
-        own = type(value).__module__.partition(".")[0] not in ("torch", "pyro", "numpy", "pandas")
-        if (own or "ampler" in type(value).__name__) and not inspect.ismodule(value):
+    elif isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        few = len(value) <= _FEW  # else it is data
+        kinds = (nn.Module, *_GENERATORS, *((dict, list, tuple) if few else ()))
+        yield from ((str(key), item) for key, item in items if isinstance(item, kinds))
+    elif isinstance(value, nn.Module):
+        own = {type(part): part for part in value.modules() if _is_own(type(part).__module__)}
+        yield from ((f"{kind.__name__}.forward", kind.forward) for kind in own)
+    elif not isinstance(value, (Tensor, type, *_GENERATORS)) and hasattr(value, "__dict__"):
+        module = type(value).__module__
+        own_object = module.partition(".")[0] not in ("torch", "pyro", "numpy", "pandas")
+        if (own_object or "ampler" in type(value).__name__) and not inspect.ismodule(value):
             yield from vars(value).items()
+            call = vars(type(value)).get("__call__")
+            if _is_own(module) and call is not None:
+                yield "__call__", call
+
+
+def _is_own(module: str | None) -> bool:
+    """True for code of the user."""
+    return (module or "").partition(".")[0] not in _FOREIGN
+
+
+def _names(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The globals and variables of outer functions that ``function``, and functions inside of it, may read."""
+    codes, names = [function.__code__], set[str]()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes.extend(constant for constant in code.co_consts if inspect.iscode(constant))
+    yield from ((name, function.__globals__[name]) for name in sorted(names) if name in function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # a variable that has no value yet
+            continue
 
 
 def generator_state(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -56,6 +56,7 @@ class Run(Resumable):
         self._params: dict[str, Tensor] = {}
         self._num_batches: int | None = _length(data)
         self._mutable: list[Tensor] | None = None  # buffers that a step changes, such as those of BatchNorm
+        self._in_training: frozenset[int] = frozenset()  # the modules in training mode when these were found
         self._batch: Batch = ((), {})
         self._kl_weight = 1.0
         self._best: dict[str, Any] | None = None
@@ -117,6 +118,7 @@ class Run(Resumable):
         if bar is not None:
             bar.set_description(f"epoch {self.epoch + 1}/{self.settings.epochs}", refresh=False)
         with turn():
+            self._find_modes()
             batches = iter(called(self.data, self.epoch) if callable(self.data) else self.data)
         while True:
             with turn():
@@ -148,7 +150,10 @@ class Run(Resumable):
         """Warn where each step weighs one of several batches, as if it were all data, against the whole KL."""
         parts = zip(tree_leaves(before), tree_leaves(self._batch), strict=False)
         same = all(a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and _same(a, b)) for a, b in parts)
-        weighted = float(self.settings.kl_weight(1e9)) != 1.0  # the user has thought of it
+        weighted = float(self.settings.kl_weight(self.settings.epochs - 1)) not in (
+            0.0,
+            1.0,
+        )  # the user has thought of it
         for name in () if same or weighted else sorted(self._recorder.unscaled):
             warnings.warn(
                 f"fit: data has several batches, but the likelihood of '{name}' is that of one batch alone, "
@@ -255,8 +260,15 @@ class Run(Resumable):
             first = str(error).partition("\n")[0]
             self._fail(f"{type(error).__name__} ({first})", error=error)
 
+    def _find_modes(self) -> None:
+        """Where a callback has switched modules to training or evaluation, steps may change other buffers."""
+        modules = self.objects.modules().values()
+        now = frozenset(id(part) for module in modules for part in module.modules() if part.training)
+        if now != self._in_training:
+            self._mutable, self._in_training = None, now
+
     def _saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Copies of the buffers that a step changes; at first of all, to learn which these are."""
+        """Copies of the buffers that a step changes; of all while it is to be learned which these are."""
         if self._mutable is None:
             buffers = [value for _, _, value in self.objects.buffers().values() if value is not None]
         else:
@@ -316,11 +328,17 @@ class Run(Resumable):
             if callable(validate):
                 result = called(validate, self)
             else:
-                terms = [objective.data_term_of(self.model, self.guide, self._to_batch(raw)) for raw in validate]
-                result = {"nll": sum(terms) / max(len(terms), 1)}
+                result = {"nll": self._mean_data_term(map(self._to_batch, validate))}
         if not isinstance(result, Mapping):
             return {"val": float(result)}
         return {key if key.startswith("val_") else f"val_{key}": float(value) for key, value in result.items()}
+
+    def _mean_data_term(self, batches: Iterable[Batch]) -> float:
+        """The data term of all ``batches``, each of which is scaled to the whole data: large ones count for more."""
+        pairs = [(objective.data_term_of(self.model, self.guide, batch), _num_points(batch)) for batch in batches]
+        if not pairs:
+            raise ValueError(f"fit: validate gave no batches in epoch {self.epoch + 1}")
+        return sum(term * count for term, count in pairs) / sum(count for _, count in pairs)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -371,6 +389,11 @@ def _length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
+
+
+def _num_points(batch: Batch) -> int:
+    """The length of the first tensor."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0), 1)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

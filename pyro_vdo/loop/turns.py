@@ -88,13 +88,15 @@ class Turns:
     def _give(self, stage: Stage) -> None:
         if self._stage is stage:
             return
-        self._stage.leave()
-        if self._stage.stream is not stage.stream:
-            self._stage.stream.state = random_state()
-            assert stage.stream.state is not None
-            set_random_state(stage.stream.state)
-        stage.enter()
-        self._stage = stage
+        left, self._stage = self._stage, stage
+        try:
+            left.leave()
+        finally:  # a run that breaks down gives its place away all the same
+            if left.stream is not stage.stream:
+                left.stream.state = random_state()
+                assert stage.stream.state is not None
+                set_random_state(stage.stream.state)
+            stage.enter()
 
 
 TURNS = Turns()
