@@ -348,6 +348,11 @@ def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., 
     return compiled
 
 
+def is_in_backward() -> bool:
+    """True while autograd computes gradients in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def owned_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The fresh ``tensor`` in another shape, without a base: autograd adds in place only to what owns its memory."""
     view: Tensor = torch.ops.aten._unsafe_view(tensor, shape)

@@ -66,7 +66,9 @@ def variance_of(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Ga
 
 def refuse_not_finite(out: Tensor, weight: Any, *xs: Tensor) -> None:
     """Say where nan and inf come from first, while Pyro validates. Not on a GPU, which would wait for each layer."""
-    if out.device.type != "cpu" or not _compat.validation_is_on() or math.isfinite(out.detach().sum()):
+    if out.device.type != "cpu" or not _compat.validation_is_on() or _compat.is_transforming():
+        return
+    if math.isfinite(out.detach().sum()):
         return
     name = weight.variable.name
     for what in ("nan", "inf"):

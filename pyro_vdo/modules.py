@@ -202,6 +202,12 @@ class BayesianModule(PyroModule):
             return params[name]
         if _PRINTING.get() and name in self.__dict__.get("_buffers", ()):
             return self.__dict__["_buffers"][name]
+        if name in self.__dict__.get("_pyro_samples", ()) and _compat.is_in_backward():
+            raise RuntimeError(
+                f"'{name}' of {type(self).__name__} is read while gradients are computed. Activation checkpointing "
+                "does so: it runs a layer again, which would meet another draw of its weights. Checkpoint only parts "
+                "of the network that have no random weights."
+            )
         value = super().__getattr__(name)
         if isinstance(value, Tensor) and not isinstance(value, Undrawn):
             pretrained = self.__dict__["_buffers"].get(name)

@@ -31,6 +31,8 @@ class Undrawn(Tensor):
 
     #: function -> rule(func, args, kwargs); one table for each family, open to users through ``register_rule``.
     rules: ClassVar[dict[Callable[..., Any], Rule]] = {}
+    #: the rules that hold inside of a density too: those that draw nothing
+    exact: ClassVar[set[Rule]] = set()
     #: functions that only read metadata
     _passive: ClassVar[frozenset[Any]] = _compat.METADATA
 
@@ -134,10 +136,11 @@ def _drawn(leaf: Any) -> Any:
 def _dispatch(func: Any, owners: list[Undrawn], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the rule of the first family that has one for ``func``; draw every weight where none applies."""
     try:
-        if kwargs.get("out") is None and (_all_undrawn(owners) or _compat.density_is_asked()):
+        in_density = _compat.density_is_asked()
+        if kwargs.get("out") is None and (in_density or _all_undrawn(owners)):
             for family in dict.fromkeys(type(owner) for owner in owners):
                 rule = family.rules.get(func)
-                if rule is not None:
+                if rule is not None and (not in_density or rule in Undrawn.exact):
                     result = rule(func, args, kwargs)
                     if result is not NotImplemented:
                         return result

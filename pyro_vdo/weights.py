@@ -282,16 +282,19 @@ def _rebuild(loc: Tensor, scale: Tensor, name: str, value: Tensor | None) -> Gau
 
 
 def register_rule(
-    *functions: Callable[..., Any], family: type[Undrawn] | type[DrawnWeight] = GaussianWeight
+    *functions: Callable[..., Any], family: type[Undrawn] | type[DrawnWeight] = GaussianWeight, exact: bool = False
 ) -> Callable[[Rule], Rule]:
     """Add a rule to the table: what each of ``functions`` does with an undrawn weight of ``family``.
 
     The rule is called as ``rule(func, args, kwargs)`` in place of ``func(*args, **kwargs)``, where at least one
     argument is an undrawn weight; it returns ``NotImplemented`` to leave the call to a draw. ``functions`` are torch
-    functions, or own ones that call ``torch.overrides.handle_torch_function``.
+    functions, or own ones that call ``torch.overrides.handle_torch_function``. A rule that draws nothing is ``exact``:
+    it holds inside of the ``log_prob`` of a prior too, where a local draw would not be one of the weight.
     """
 
     def add(rule: Rule) -> Rule:
+        if exact:
+            Undrawn.exact.add(rule)
         for function in functions:
             family.rules[function] = rule
         return rule

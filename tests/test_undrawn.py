@@ -6,13 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tests.contract import weight
+import pyro_vdo as vdo
+from tests.contract import undrawn, weight
 
 
 def test_everything_else_draws_once() -> None:
@@ -109,3 +113,64 @@ def test_wrong_shapes_name_the_weight() -> None:
         torch.randn(5, 7) @ weight(4, 3)
     with pytest.raises(RuntimeError, match=r"in conv2d of weight 'w'"):
         F.conv2d(torch.randn(1, 5, 4, 4), weight(4, 3, 2, 2))
+
+
+def test_a_density_that_multiplies_matrices_draws_once_for_all() -> None:
+    """A local draw of ``F^T (w - m)`` would not be that of the w of the other terms."""
+    torch.manual_seed(0)
+    factor, loc, scale = 2 * torch.randn(6, 3), torch.randn(6), torch.rand(6) + 0.2
+    prior = dist.LowRankMultivariateNormal(torch.zeros(6), factor, torch.rand(6) + 0.1)
+    samples = 2000
+    found = torch.stack([prior.log_prob(undrawn(loc, scale, event_dim=1)) for _ in range(samples)])
+    exact = prior.log_prob(dist.Normal(loc, scale).sample((100 * samples,)))
+    assert abs(found.mean() - exact.mean()) < 4.5 * exact.std() / samples**0.5
+
+
+def classifier(forward: Callable[[nn.Module, Tensor], Tensor], **options: Any) -> Callable[[], float]:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self.layer, x)
+
+    net = vdo.to_bayesian(Network(), vdo.LogUniform())
+
+    def model(x: Tensor) -> None:
+        out = net(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(out, 1.0).to_event(1), obs=torch.zeros(out.shape))
+
+    guide = vdo.AutoFactorizedNormal(model, **options)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.0}), Trace_ELBO())
+    return lambda: svi.step(torch.ones(5, 3))
+
+
+def penalty(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)[0]
+
+
+def test_transforms_of_torch_func() -> None:
+    plain = classifier(lambda layer, x: layer(x))()
+    mapped = classifier(lambda layer, x: torch.func.vmap(layer, randomness="different")(x))
+    assert mapped() == pytest.approx(plain, rel=0.5)
+    derivative = classifier(lambda layer, x: torch.func.jvp(lambda z: layer(z).tanh(), (x,), (torch.ones_like(x),))[1])
+    assert derivative() > 0
+
+
+def test_second_derivatives_need_a_draw() -> None:
+    with pytest.raises(RuntimeError, match=r"no second derivative.*draw="):
+        classifier(penalty)()
+    assert classifier(penalty, draw=["layer.weight"])() > 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_refused(reentrant: bool) -> None:
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(layer, x.requires_grad_(), use_reentrant=reentrant)
+
+    with pytest.raises(RuntimeError, match="Activation checkpointing"):
+        classifier(forward)()

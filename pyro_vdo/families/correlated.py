@@ -327,7 +327,7 @@ def matmul(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     return sample_rows(apply, x, weight)
 
 
-@register_rule(*VIEWS, family=CorrelatedWeight)
+@register_rule(*VIEWS, family=CorrelatedWeight, exact=True)
 def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Views that leave whole rows and repeat none; others are drawn."""
     weight, *rest = args
@@ -349,7 +349,7 @@ def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     return weight.viewed(apply, apply(weight.loc), rows[0], (*weight.places, apply))
 
 
-@register_rule(*CASTS, family=CorrelatedWeight)
+@register_rule(*CASTS, family=CorrelatedWeight, exact=True)
 def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Casts, moves and copies leave each element where it is."""
     weight, *rest = args
@@ -363,7 +363,7 @@ def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 
 @register_rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__rsub__, torch.sub, Tensor.sub,
                Tensor.__sub__, torch.subtract, Tensor.subtract, torch.pow, Tensor.pow, Tensor.__pow__, torch.square,
-               Tensor.square, family=CorrelatedWeight)  # fmt: skip
+               Tensor.square, family=CorrelatedWeight, exact=True)  # fmt: skip
 def in_density(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Inside of ``Normal.log_prob``, whose expectation takes one element at a time, the marginals."""
     if not _compat.normal_density_is_asked():
@@ -371,7 +371,7 @@ def in_density(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     return func(*(arg.marginal() if is_correlated(arg) else arg for arg in args), **kwargs)
 
 
-@register_rule(torch.eq, Tensor.eq, Tensor.__eq__, family=CorrelatedWeight)
+@register_rule(torch.eq, Tensor.eq, Tensor.__eq__, family=CorrelatedWeight, exact=True)
 def finite(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """``w == w``, which Pyro's validation asks: false where the law is not finite."""
     if len(args) != 2 or args[0] is not args[1]:

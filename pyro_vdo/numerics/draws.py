@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo.numerics import fused
 
 
 def _standard_normal(like: Tensor, shape: tuple[int, ...] | None) -> Tensor:
@@ -35,6 +35,15 @@ def draw_with_slope(mean: Tensor, var: Tensor, shape: tuple[int, ...] | None = N
     return noise.add_(mean), slope
 
 
+def refuse_second_derivative() -> None:
+    """For backward passes, in which gradients are on where a derivative of the derivative is wanted."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "local reparameterization has no second derivative (create_graph=True). Draw the weights that the gradient "
+            "goes through: AutoFactorizedNormal(model, draw=[names of the sites])."
+        )
+
+
 class _NormalSample(torch.autograd.Function):
     """mean + sqrt(var) * eps, with gradient 0 instead of nan for the variance where it is 0."""
 
@@ -47,8 +56,8 @@ class _NormalSample(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        refuse_second_derivative()
         var_grad = grad * ctx.saved_tensors[0] if ctx.needs_input_grad[1] else None
         return grad if ctx.needs_input_grad[0] else None, var_grad
 
@@ -61,7 +70,7 @@ def sample_normal(mean: Tensor, var: Tensor) -> Tensor:
     """
     if var.dtype != mean.dtype:  # float16 autocast, see variance_of
         return sample_normal(mean.to(var.dtype), var).to(mean.dtype)
-    if _compat.is_tracing():  # a trace inlines the forward pass of a Function and loses its backward
+    if fused.is_composable_only(mean, var):  # a trace, say, inlines a Function's forward pass and loses its backward
         safe = torch.where(var > 0, var, torch.ones_like(var))
         std = torch.where(var > 0, safe.sqrt(), torch.zeros_like(var))
         return mean + std * torch.randn_like(mean)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from pyro_vdo.numerics import fused
-from pyro_vdo.numerics.draws import draw, draw_with_slope
+from pyro_vdo.numerics.draws import draw, draw_with_slope, refuse_second_derivative
 from pyro_vdo.numerics.moments import REMEMBERED
 from pyro_vdo.numerics.products import linear, matmul
 
@@ -54,8 +53,8 @@ class _SampleLinear(Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_second_derivative()
         x, loc, kept, slope = ctx.saved_tensors
         need_x, need_loc, need_log_scale, _, need_bias, _, _ = ctx.needs_input_grad
         along_var = grad * slope

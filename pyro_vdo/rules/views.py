@@ -31,7 +31,7 @@ CASTS = [
 ]
 
 
-@register_rule(*VIEWS)
+@register_rule(*VIEWS, exact=True)
 def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Views and indexing apply to loc and scale alike; a view that repeats an element is drawn."""
     weight = args[0] if args else None
@@ -74,13 +74,13 @@ def _repeated_dims(tensor: Tensor) -> int:
     return sum(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-@register_rule(Tensor.__iter__)
+@register_rule(Tensor.__iter__, exact=True)
 def iterate(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Iterator[GaussianWeight]:
     """``for row in w``."""
     return iter(args[0].unbind(0))
 
 
-@register_rule(*CASTS)
+@register_rule(*CASTS, exact=True)
 def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Casts, moves and copies leave each element where it is."""
     weight, *rest = args
@@ -99,7 +99,7 @@ def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 
 
 @register_rule(*_resolve("zeros_like ones_like empty_like full_like rand_like randn_like "
-                         "new_zeros new_ones new_empty new_full new_tensor"))  # fmt: skip
+                         "new_zeros new_ones new_empty new_full new_tensor"), exact=True)  # fmt: skip
 def like(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """A new tensor of the same shape, dtype and device."""
     return func(args[0].loc.detach(), *args[1:], **kwargs) if args and is_gaussian(args[0]) else NotImplemented
@@ -109,7 +109,9 @@ _DIVISIONS: frozenset[Any] = frozenset({torch.div, Tensor.div, Tensor.__truediv_
                                         Tensor.true_divide, torch.divide, Tensor.divide})  # fmt: skip
 
 
-@register_rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply, *_DIVISIONS)
+@register_rule(
+    torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply, *_DIVISIONS, exact=True
+)
 def scaling(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Multiplication by, and division by, a fixed tensor keep the weight undrawn where they keep its shape."""
     if len(args) != 2 or kwargs:
@@ -125,7 +127,7 @@ def scaling(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     return weight.derived(loc, scale, lambda w: func(w, factor), event_dim=weight.event_dim)
 
 
-@register_rule(torch.neg, Tensor.neg, Tensor.__neg__, torch.negative, Tensor.negative)
+@register_rule(torch.neg, Tensor.neg, Tensor.__neg__, torch.negative, Tensor.negative, exact=True)
 def negative(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """-w."""
     (weight,) = args
@@ -135,7 +137,7 @@ def negative(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 _SUBTRACTIONS: frozenset[Any] = frozenset({torch.sub, Tensor.sub, Tensor.__sub__, torch.subtract, Tensor.subtract})
 
 
-@register_rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__rsub__, *_SUBTRACTIONS)
+@register_rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__rsub__, *_SUBTRACTIONS, exact=True)
 def shift(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """w + c, w - c and c - w for a fixed tensor c, where they keep the shape; inside of ``Normal.log_prob`` always."""
     if len(args) != 2 or kwargs or is_gaussian(args[0]) == is_gaussian(args[1]):
@@ -155,7 +157,7 @@ def shift(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     return weight.derived(loc, weight.scale.expand(shape), apply, place=lambda numbers: numbers.expand(shape))
 
 
-@register_rule(torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square)
+@register_rule(torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square, exact=True)
 def square(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """w^2 inside of ``Normal.log_prob`` is E w^2 = loc^2 + scale^2: the expected log density of a Normal prior."""
     squares = len(args) == 1 or (is_gaussian(args[0]) and isinstance(args[1], int | float) and args[1] == 2)
@@ -165,7 +167,7 @@ def square(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     return weight.loc.square() + weight.variance
 
 
-@register_rule(torch.eq, Tensor.eq, Tensor.__eq__)
+@register_rule(torch.eq, Tensor.eq, Tensor.__eq__, exact=True)
 def finite(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """``w == w``, which Pyro's validation asks: false where loc or scale is nan."""
     if len(args) != 2 or args[0] is not args[1]:
