@@ -32,8 +32,8 @@ class Prunable:
         """Set the weights with log alpha >= ``threshold`` to zero for good, and go on with the survivors.
 
         What was pruned before stays pruned, so that calls with a falling threshold anneal it. :meth:`unprune` takes it
-        all back. Priors of this package leave pruned weights out; one of torch's (Normal, Laplace) goes on to count its
-        density at 0 for each, which is a constant while its parameters are: to learn a scale take ``HierarchicalNormal``.
+        all back. Priors of this package leave pruned weights out; one of torch's (Normal, Laplace) goes on to count
+        its density at 0 for each, a constant while its parameters are fixed. ``HierarchicalNormal`` learns a scale.
 
         :returns: the masks, True for the weights that are kept, by site.
         :raises ValueError: for a threshold that is nan.
