@@ -135,6 +135,15 @@ def make_optimizer(optim: PyroOptim, param: Tensor) -> Any:
     return optim._get_optim(param)
 
 
+def take_in(optim: PyroOptim, param: Tensor) -> None:
+    """What the first step of a Pyro optimizer does with a new parameter before it steps."""
+    optim.optim_objs[param] = made = make_optimizer(optim, param)
+    optim.grad_clip[param] = optim._get_grad_clip(param)  # type: ignore[arg-type]  # Pyro means the parameter
+    state = optim._state_waiting_to_be_consumed.pop(pyro.get_param_store().param_name(param), None)
+    if state is not None:
+        pyro.optim.optim._load_state_dict(made, state)
+
+
 # --------------------------------------------------------------------------- modules
 
 

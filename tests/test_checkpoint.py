@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyro.optim.clipped_adam import ClippedAdam
 from strategies import structures
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -74,6 +75,26 @@ RUNS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
         lambda: {
             "optim": pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.7})
         },
+    ),
+    "pyro milestones": (
+        lambda: None,
+        lambda: {
+            "optim": pyro.optim.MultiStepLR(
+                {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "milestones": [1, 4, 4]}
+            )
+        },
+    ),
+    "pyro clipped adam": (lambda: None, lambda: {"optim": pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.9})}),
+    "joint with options by name": (
+        lambda: None,
+        lambda: {
+            "optim": vdo.JointOptim(torch.optim.Adam, lambda name: {"lr": 0.05 if "log_scale" in name else 0.01}),
+            "lr_schedule": vdo.piecewise_linear((0, 1.0), (2.5, 0.0), (6, 1.0)),
+        },
+    ),
+    "joint clipped adam": (
+        lambda: None,
+        lambda: {"optim": vdo.JointOptim(ClippedAdam, {"lr": 0.02, "lrd": 0.9})},
     ),
     "early stopping": (
         lambda: None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,20 @@ def same_seed(rank: int) -> list[str]:
     return [str(w.message) for w in caught]
 
 
-CASES = {f.__name__: f for f in (train, kl_alone, without_noise, other_parameters, same_seed)}
+def scheduler(rank: int) -> tuple[list[float], list[float]]:
+    _, model, guide, x, y, _ = setup(rank)
+    options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.5}
+    rates = []
+    with tempfile.TemporaryDirectory() as folder:
+        for epochs in (2, 3):  # the second run is resumed
+            optim = distributed.DistributedOptim(pyro.optim.ExponentialLR(dict(options)))
+            file = Path(folder, "run.ckpt")
+            history = vdo.fit(model, guide, [(x, y)], epochs=epochs, optim=optim, checkpoint=file, progress=False)
+            rates.append([row["lr"] for row in history])
+    return rates[0], rates[1]
+
+
+CASES = {f.__name__: f for f in (train, kl_alone, without_noise, other_parameters, same_seed, scheduler)}
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +188,11 @@ def test_ranks_must_have_the_same_parameters(ranks: list[dict[str, Any]]) -> Non
 def test_equal_seeds_are_reported(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert any("same noise" in message for message in rank["same_seed"])
+
+
+def test_a_scheduler_of_pyro_moves_in_fit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["scheduler"] == (pytest.approx([0.01, 0.005]), pytest.approx([0.01, 0.005, 0.0025]))
 
 
 @pytest.mark.parametrize("method", ["get_state", "set_state"])

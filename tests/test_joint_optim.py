@@ -6,8 +6,12 @@ import copy
 from typing import Any
 
 import pyro
+import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import PyroOptim
+from pyro.optim.adagrad_rmsprop import AdagradRMSProp
+from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 
 import pyro_vdo as vdo
@@ -57,3 +61,34 @@ def test_joint_optimizer_with_options_by_name() -> None:
     optim = vdo.JointOptim(torch.optim.SGD, lambda name: {"lr": 1e-2 if name.endswith("log_scale") else 1e-6})
     SVI(model, guide, optim, loss=Trace_ELBO()).step(x, y)
     assert sorted(len(group["params"]) for group in optim.optimizer.param_groups) == [2, 4]
+
+
+@pytest.mark.parametrize("constructor", [torch.optim.Adam, AdagradRMSProp, ClippedAdam])
+def test_parameters_that_come_later_start_as_in_pyro(constructor: Any) -> None:
+    args = {"lrd": 0.5} if constructor is ClippedAdam else {}
+    results = []
+    for optim in (vdo.JointOptim(constructor, args), PyroOptim(constructor, args)):
+        pyro.clear_param_store()
+        params = [pyro.param(name, torch.ones(2)) for name in "ab"]
+        for count in (1, 1, 2, 2):
+            for param in params[:count]:
+                param.grad = torch.tensor([1.0, -2.0])
+            optim(params[:count])
+        results.append([param.detach().clone() for param in params])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_states_with_other_rates_keep_them() -> None:
+    pyro.clear_param_store()
+    params = [pyro.param(name, torch.ones(2)) for name in "abc"]
+    theirs = pyro.optim.Adam({"lr": 0.1})
+    for param in params:
+        param.grad = torch.ones(2)
+    theirs(params)
+    theirs.optim_objs[params[1]].param_groups[0]["lr"] = 0.01
+    optim = vdo.JointOptim(torch.optim.Adam, {"lr": 0.1})
+    optim.set_state(theirs.get_state())
+    optim(params)
+    state = optim.get_state()
+    assert {name: own["param_groups"][0]["lr"] for name, own in state.items()} == {"a": 0.1, "b": 0.01, "c": 0.1}

@@ -8,6 +8,7 @@ import math
 import random
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pyro
@@ -16,6 +17,9 @@ import pytest
 import torch
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
+from pyro.optim import PyroOptim
+from pyro.optim.adagrad_rmsprop import AdagradRMSProp
+from pyro.optim.clipped_adam import ClippedAdam
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,6 +41,23 @@ def test_it_takes_the_steps_of_svi_bit_by_bit() -> None:
             svi.step(x, y)
     assert same(ours.state(), theirs.state())
     assert not same(ours.state(), Case(batch_norm=False).fit(epochs=0) or Case(batch_norm=False).state())
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_optimizers_of_pyro_that_change_their_rate_or_have_none(joint: bool) -> None:
+    kinds = [(ClippedAdam, {"lr": 0.05, "lrd": 0.9}), (AdagradRMSProp, {"eta": 0.1})]
+    for make, args in kinds:
+        optims = [(vdo.JointOptim if joint else PyroOptim)(make, args), PyroOptim(make, args)]
+        ours, theirs = Case(batch_norm=False), Case(batch_norm=False)
+        history = ours.fit([data()], optim=optims[0])
+        torch.manual_seed(3)
+        svi = SVI(theirs.model, theirs.guide, optims[1], Trace_ELBO())
+        for _ in range(4):
+            svi.step(*data())
+        assert same(ours.state(), theirs.state())
+        assert [row["lr"] for row in history] == pytest.approx(
+            [0.05 * 0.9**step for step in range(1, 5)] if "lr" in args else [math.nan] * 4, nan_ok=True
+        )
 
 
 def test_one_optimizer_over_all_parameters_equals_one_for_each() -> None:
@@ -110,6 +131,25 @@ def test_options_of_single_parameters() -> None:
     case.fit(lr=0.01, param_options=lambda name: {"lr": 0.0} if name.endswith("log_scale") else {})
     after = case.guide.state_dict()
     assert {key.rpartition(".")[2] for key in after if not torch.equal(before[key], after[key])} == {"loc"}
+
+
+@pytest.mark.parametrize("schedule", [lambda epoch: 0.5, vdo.linear_decay(4), lambda epoch: 1.0 if epoch < 1 else 0.1])
+def test_a_schedule_scales_what_an_optimizer_of_pyro_was_given(schedule: Any) -> None:
+    def args(name: str) -> dict[str, float]:
+        return {"lr": 0.1 if name.endswith("log_scale") else 0.001}
+
+    plain, each, joint = Case(), Case(), Case()
+    options = {"epochs": 3, "lr_schedule": schedule}
+    expected = plain.fit(optim=torch.optim.Adam, lr=0.001, param_options=args, **options)
+    optims = pyro.optim.Adam(args), vdo.JointOptim(torch.optim.Adam, args)
+    for case, optim in zip((each, joint), optims, strict=True):
+        case.fit(optim=optim, **options)
+        rates = {float(group["lr"]) for o in optim.optim_objs.values() for group in o.param_groups}
+        assert sorted(rates) == pytest.approx([0.001 * schedule(8 / 3), 0.1 * schedule(8 / 3)])
+        for a, b in zip(case.state().values(), plain.state().values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(joint_groups := optims[1].optimizer.param_groups) == 2
+    assert expected[-1]["lr"] in [pytest.approx(group["lr"]) for group in joint_groups]
 
 
 def test_training_improves_the_network() -> None:
@@ -296,6 +336,8 @@ def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
         ({"checkpoint_every": 0}, "checkpoint_every must be positive"),
         ({"kl_weight": -1.0}, "kl_weight must be >= 0"),
         ({"kl_weight": lambda epoch: -1.0}, "factor must be >= 0"),
+        ({"optim": pyro.optim.AdagradRMSProp({}), "lr_schedule": lambda epoch: 0.5}, "AdagradRMSProp does not have"),
+        ({"optim": AdagradRMSProp, "lr_schedule": lambda epoch: 0.5}, "leave out lr_schedule"),
         ({"clip_grad": 0.0}, "clip_grad must be > 0"),
         ({"threshold": math.nan}, "threshold is nan"),
         ({"epochs": 2.5}, "epochs must be positive and whole"),

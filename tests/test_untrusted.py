@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,19 @@ def test_forged_states_of_the_optimizers_of_pyro(
     path.write_bytes(checkpoint.to_bytes(state))
     with pytest.raises(vdo.CheckpointError, match=message):
         Case().fit(epochs=stress.EPOCHS + 1, checkpoint=path, **stress.RUNS[run]())
+
+
+@pytest.mark.parametrize("bad", [{1: 1, 5: 1}, {1: 1, 4: 10**12}, {1: 1, 4: "x"}, {}, [1, 4], None])
+def test_forged_milestones(bad: Any) -> None:
+    def make() -> Any:
+        optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 4])
+
+    saved = make().state_dict() | {"milestones": {1: 1, 4: 1}}  # as it comes from a file
+    untrusted.check_scheduler(make(), saved)
+    assert isinstance(saved["milestones"], Counter)
+    with pytest.raises(vdo.CheckpointError, match="'milestones' is"):
+        untrusted.check_scheduler(make(), saved | {"milestones": bad})
 
 
 @pytest.mark.parametrize("kind", [np.random.MT19937, np.random.Philox, np.random.PCG64, np.random.SFC64])

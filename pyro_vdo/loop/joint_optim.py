@@ -33,14 +33,14 @@ class JointOptim(PyroOptim):
         super().__init__(optim_constructor, optim_args, clip_args)
         self._constructor: Callable[..., torch.optim.Optimizer] = optim_constructor
         self.optimizer: torch.optim.Optimizer | None = None
-        self._options: list[dict[str, Any]] = []  # of each parameter group, as they were given
+        self._given: list[dict[str, Any]] = []  # the options of each group as they were given
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Step all ``params`` that have a gradient, and free their gradients."""
         params = list(params)
         for param in params:
             if param not in self.optim_objs:
-                self._take_in(param)
+                self.take_in(param)
             clip = self.grad_clip[param]
             if clip is not None and param.grad is not None:
                 clip(param)
@@ -49,30 +49,31 @@ class JointOptim(PyroOptim):
         for param in params:
             param.grad = None
 
-    def _take_in(self, param: Tensor) -> None:
-        options = dict(self._get_optim_args(param))
-        if self.optimizer is None:
-            self.optimizer = self._constructor([{"params": [param]}], **options)
-            self._options.append(options)
-        elif options in self._options:
-            self.optimizer.param_groups[self._options.index(options)]["params"].append(param)
-        else:
-            self.optimizer.add_param_group({"params": [param], **options})
-            self._options.append(options)
-        self.optim_objs[param] = self.optimizer
-        self.grad_clip[param] = self._get_grad_clip(param)  # type: ignore[arg-type]  # Pyro means the parameter
+    def take_in(self, param: Tensor) -> None:
+        """Add a new parameter, with the state that waits for it: to a group of the same options, or to one of its own.
+
+        As in Pyro it starts with the options that were given, even where those of others have changed since.
+        """
+        given = dict(self._get_optim_args(param))
+        alone = self._constructor([param], **given)
         state = self._state_waiting_to_be_consumed.pop(pyro.get_param_store().param_name(param), None)
         if state is not None:
-            self._load(param, state)
-
-    def _load(self, param: Tensor, state: dict[str, Any]) -> None:
-        """Take over the state of one parameter as an optimizer of its own has it."""
-        assert self.optimizer is not None
-        alone = self._constructor([param], **self._get_optim_args(param))
-        alone.load_state_dict(state)
-        self.optimizer.state[param] = alone.state[param]
-        options = {key: value for key, value in alone.param_groups[0].items() if key != "params"}
-        self._group_of(param).update(options)
+            alone.load_state_dict(state)
+        options = _options(alone.param_groups[0])
+        if self.optimizer is None:
+            self.optimizer = alone
+            self._given.append(given)
+        else:
+            groups = zip(self.optimizer.param_groups, self._given, strict=True)
+            same = (group for group, other in groups if other == given and _options(group) == options)
+            if (group := next(same, None)) is not None:
+                group["params"].append(param)
+            else:
+                self.optimizer.add_param_group({"params": [param], **options})
+                self._given.append(given)
+            self.optimizer.state.update(alone.state)  # AdagradRMSProp has one before its first step
+        self.optim_objs[param] = self.optimizer
+        self.grad_clip[param] = self._get_grad_clip(param)  # type: ignore[arg-type]  # Pyro means the parameter
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         assert self.optimizer is not None
@@ -83,8 +84,12 @@ class JointOptim(PyroOptim):
         store = pyro.get_param_store()
         result: dict[str, Any] = {}
         for param in self.optim_objs:
-            group = {key: value for key, value in self._group_of(param).items() if key != "params"}
+            group = _options(self._group_of(param))
             own = self.optimizer.state.get(param)  # type: ignore[union-attr]
             state = {} if own is None else {0: own}
             result[str(store.param_name(param))] = {"state": state, "param_groups": [{**group, "params": [0]}]}
         return result
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +14,9 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from pyro_vdo import _compat
+from pyro_vdo.distributed import DistributedOptim
 from pyro_vdo.loop.checkpoint import CheckpointError
+from pyro_vdo.loop.joint_optim import JointOptim
 from pyro_vdo.loop.untrusted import check_optimizer, check_scheduler, guarded
 
 Options = Callable[[str], Mapping[str, Any]]
@@ -50,6 +53,20 @@ def _adam(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=lr, fused=fused)
 
 
+def _rate(group: Mapping[str, Any]) -> float:
+    """The learning rate of a group; nan where the optimizer has none, as Pyro's AdagradRMSProp."""
+    return float(group.get("lr", math.nan))
+
+
+def _set_rate(group: dict[str, Any], lr: float, name: str) -> None:
+    if "lr" not in group:
+        raise ValueError(
+            f"fit: lr_schedule multiplies the option lr, which {name} does not have; leave out lr_schedule, or choose "
+            "another optimizer"
+        )
+    group["lr"] = lr
+
+
 class TorchOptimizer:
     """One torch optimizer over all parameters."""
 
@@ -79,7 +96,7 @@ class TorchOptimizer:
             for group in groups:
                 self.optimizer.add_param_group(group)
         self._known.update(new.values())
-        self._base.extend(float(group["lr"]) for group in self.optimizer.param_groups[len(self._base) :])
+        self._base.extend(_rate(group) for group in self.optimizer.param_groups[len(self._base) :])
 
     def step(self, params: Iterable[Tensor]) -> None:
         """One step with the gradients that are there."""
@@ -90,12 +107,12 @@ class TorchOptimizer:
         """Multiply the initial learning rates by ``factor``."""
         if self.optimizer is not None:
             for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
-                group["lr"] = base * factor
+                _set_rate(group, base * factor, self.name)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first parameter."""
-        return float("nan") if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
+        """The learning rate of the first parameter; nan where there is none."""
+        return math.nan if self.optimizer is None else _rate(self.optimizer.param_groups[0])
 
     def end_epoch(self) -> None:
         """Nothing to do for a torch optimizer."""
@@ -121,56 +138,55 @@ class TorchOptimizer:
 
 
 class PyroOptimizer:
-    """A Pyro optimizer: one torch optimizer for each parameter."""
+    """A Pyro optimizer: one torch optimizer for each parameter, or one for all of them."""
 
     def __init__(self, optim: PyroOptim) -> None:
         self.name = getattr(optim.pt_optim_constructor, "__name__", type(optim).__name__)
         self.optimizer = optim
+        self._owner = optim.optim if isinstance(optim, DistributedOptim) else optim  # of the torch optimizers
         self._base: dict[Tensor, float] = {}
-        self._factor = 1.0
+        self._factor: float | None = None
 
     def prepare(self, params: Mapping[str, Tensor]) -> None:
         """Pyro's optimizers take in new parameters by themselves."""
 
-    def _each(self) -> Iterable[tuple[Tensor, torch.optim.Optimizer]]:
-        for param, each in self.optimizer.optim_objs.items():
-            yield param, getattr(each, "optimizer", each)
+    def _groups(self) -> Iterable[dict[str, Any]]:
+        """The groups of all optimizers, each group once."""
+        optimizers = [getattr(each, "optimizer", each) for each in self._owner.optim_objs.values()]
+        for each in {id(each): each for each in optimizers}.values():
+            yield from each.param_groups
 
     def step(self, params: Iterable[Tensor]) -> None:
         """One step with the gradients that are there."""
         params = list(params)
-        fresh = [param for param in params if param not in self.optimizer.optim_objs]
-        if fresh:  # Pyro would make them and step at once, at the rate that they are made with
-            self._make(fresh)
+        fresh = [param for param in params if param not in self._owner.optim_objs]
+        for param in fresh:  # Pyro would make their optimizers and step at once, at the rate that they are made with
+            if isinstance(self._owner, JointOptim):
+                self._owner.take_in(param)
+            else:
+                _compat.take_in(self._owner, param)
+        if fresh and self._factor is not None:
+            self.set_factor(self._factor)
         self.optimizer(params)
-
-    def _make(self, params: list[Tensor]) -> None:
-        gradients = [param.grad for param in params]
-        for param in params:
-            param.grad = None
-        self.optimizer(params)  # without gradients: makes the optimizers, changes nothing
-        for param, grad in zip(params, gradients, strict=True):
-            param.grad = grad
-        self.set_factor(self._factor)
 
     def set_factor(self, factor: float) -> None:
         """Multiply the initial learning rates by ``factor``."""
         self._factor = factor
-        if factor == 1.0 and not self._base:
-            return
-        for param, each in self._each():
-            for group in each.param_groups:
-                group["lr"] = self._base.setdefault(param, float(group["lr"])) * factor
+        for group in self._groups():
+            known = (self._base[param] for param in group["params"] if param in self._base)
+            base = next(known, _rate(group))
+            _set_rate(group, base * factor, self.name)
+            self._base.update(dict.fromkeys(group["params"], base))
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first parameter."""
-        return next((float(each.param_groups[0]["lr"]) for _, each in self._each()), float("nan"))
+        """The learning rate of the first parameter; nan where there is none."""
+        return next(map(_rate, self._groups()), math.nan)
 
     def end_epoch(self) -> None:
         """Advance Pyro's learning rate schedulers."""
-        if isinstance(self.optimizer, PyroLRScheduler):
-            self.optimizer.step()
+        if isinstance(self._owner, PyroLRScheduler):
+            self._owner.step()
 
     def state(self, params: Mapping[str, Tensor]) -> Any:
         """The states of the optimizers by parameter name, and the initial learning rates."""
@@ -196,7 +212,7 @@ class PyroOptimizer:
             raise CheckpointError(f"the learning rate of '{name}' is no number")
         if saved is None:
             return
-        each = _compat.make_optimizer(self.optimizer, param)
+        each = _compat.make_optimizer(self._owner, param)
         if hasattr(each, "optimizer"):  # a scheduler around an optimizer
             if not isinstance(saved, dict) or saved.keys() != {"scheduler", "optimizer"}:
                 raise CheckpointError(f"the state of the scheduler of '{name}' does not fit")

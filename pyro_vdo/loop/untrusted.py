@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -184,14 +185,19 @@ def check_optimizer(optimizer: torch.optim.Optimizer, saved: Any) -> None:
 def check_scheduler(scheduler: Any, saved: Any) -> None:
     """``saved`` is a state of such a scheduler of learning rates.
 
-    :raises CheckpointError: if it has other entries, which ``load_state_dict`` would make attributes, or other types.
+    :raises CheckpointError: if it has other entries, which ``load_state_dict`` would make attributes, other types or
+        other milestones.
     """
     now = scheduler.state_dict()
     if not isinstance(saved, dict) or saved.keys() != now.keys():
         raise CheckpointError("the state of the scheduler of the learning rate does not fit")
     for name, value in now.items():
+        if isinstance(value, Counter) and dict(value) == saved[name]:  # milestones, which a file keeps as a dict
+            saved[name] = value.copy()
         if not _alike(value, saved[name]):
-            raise CheckpointError(f"the state of the scheduler: '{name}' is {str(saved[name])[:40]}")
+            raise CheckpointError(
+                f"the state of the scheduler: '{name}' is {str(saved[name])[:40]}, and here {str(value)[:40]}"
+            )
 
 
 def _check_options(before: Mapping[str, Any], after: dict[str, Any]) -> None:
