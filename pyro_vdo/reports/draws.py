@@ -211,7 +211,7 @@ class Sampler:
             node = trace.nodes[name]
             if site.kind == "deterministic" or node["is_observed"]:
                 continue
-            values = self._drawn(node["value"], site, size)
+            values = list(self._drawn(node["value"], site, size))
             if isinstance(node["value"], PrunedDraw):
                 kept = self._drawn(node["value"].kept, site, size)
                 values = [PrunedDraw.of(value, mask) for value, mask in zip(values, kept, strict=True)]
