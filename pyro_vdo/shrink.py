@@ -151,8 +151,8 @@ def _positions(name: str, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]
     rows = _fill(rows, flat[:, columns].t())
     if min(rows.min(), columns.min()) < 0 or not torch.equal(large[rows][:, columns], small):
         raise ExportError(
-            f"shrink: what is left of '{name}' cannot be found among what was there, as too many weights are equal. "
-            "Train longer before, or leave it out of where=... of to_bayesian"
+            f"shrink: what is left of '{name}' cannot be found among what was there, as too many weights are equal, or "
+            "constants have left some of them. Train longer before, or leave it out of where=... of to_bayesian"
         )
     return rows, columns
 
