@@ -86,7 +86,8 @@ class SitePosterior(nn.Module):
             return None
         key, alive = self._known_alive
         if key is None or key[0] is not kept or key[1] != kept._version:
-            alive = Alive.of(kept)
+            with torch.inference_mode(False):  # a later pass may train
+                alive = Alive.of(kept)
             self._known_alive = (kept, kept._version), alive
         return alive
 

@@ -99,12 +99,14 @@ def _log_alpha_bars(ax: Axes, name: str, value: Array, edges: Array, threshold: 
 def plot_training(history: Any, *, axes: Any = None) -> Array:
     """The parts of the ELBO, the sparsity and, where there is one, the validation error over the epochs.
 
-    :param history: what ``fit`` returns, or a list of dicts: ``epoch``, ``nll`` (data term) and ``kl`` (regulariser) in
-        nats, ``kept``, ``weights``; if present also ``loss``, ``kl_weight``, ``val_error`` (a share) and ``val_nll``.
+    :param history: what ``fit`` returns, its ``to_frame()``, or a list of dicts: ``epoch``, ``nll`` (data term) and
+        ``kl`` (regulariser) in nats, ``kept``, ``weights``; if present also ``loss``, ``kl_weight``, ``val_error`` (a
+        share) and ``val_nll``.
     :param axes: two axes to draw on, three with ``val_error``.
     :raises ValueError: for missing columns.
     """
     frame = pd.DataFrame(history)
+    frame = frame.reset_index() if frame.index.name == "epoch" else frame
     missing = [name for name in ("epoch", "nll", "kl", "kept", "weights") if name not in frame]
     if missing:
         raise ValueError(f"plot_training: the history lacks the columns {missing}; it has {list(frame.columns)}")

@@ -60,8 +60,9 @@ class Prunable:
                     f"keep: the mask of '{name}' is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool "
                     f"of shape {tuple(part.loc.shape)}"
                 )
-            mask = mask.to(part.loc.device)
-            part.kept = mask.clone() if part.kept is None else part.kept & mask
+            with torch.inference_mode(False):  # or training could not go on with the mask
+                mask = mask.to(part.loc.device)
+                part.kept = mask.clone() if part.kept is None else part.kept & mask
         kept = {name: self._site(name).kept for name in names}
         return {name: mask for name, mask in kept.items() if mask is not None}
 

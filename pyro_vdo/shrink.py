@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vdo import _compat
 from pyro_vdo.compression.compact import compact_module
-from pyro_vdo.compression.dependency import ExportError
+from pyro_vdo.compression.dependency import LAYERS, ExportError
+from pyro_vdo.compression.dependency import rows as rows_of
 from pyro_vdo.export import plain_module
 from pyro_vdo.families.hierarchical import HierarchicalNormal
+from pyro_vdo.initial import log_scale_of
 from pyro_vdo.modules import bayesian_weights, to_bayesian
 
 
@@ -45,7 +47,8 @@ class Smaller:
 def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
     """The Bayesian network without the units and channels that no kept weight reads any more, and its posterior.
 
-    What a dead unit adds as a constant moves into the biases, so that the pruned mean predicts the same as before.
+    What a dead unit adds as a constant moves into the biases, so that the pruned mean predicts the same as before: it
+    moves the mean of a bias that is a site, and a pruned one starts anew there, with the initial scale of the guide.
     Only weights that ``guide.prune`` or ``guide.keep`` have set to zero count as dead. Needs torch-pruning.
 
     Write the model as a function of the network, build model and guide anew, and load the posterior into the guide::
@@ -58,6 +61,7 @@ def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
     :param net: what ``to_bayesian`` returned; it is left as it is.
     :param guide: its guide.
     :param example_inputs: a tensor or tuple as the network takes it.
+    :returns: the smaller network, every module in the training mode of the one given, and its posterior.
     :raises ExportError: if the network cannot be followed, or weights of equal value hide where a unit has gone.
     """
     sites = bayesian_weights(net)
@@ -65,12 +69,9 @@ def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
     means = {local: posteriors[site].loc.where(_kept(guide, site), 0.0) for local, site in sites.items()}
     large = plain_module(net, means)
     small = compact_module(large, example_inputs, select_inputs=False)
-    values = {}
-    for local, site in sites.items():
-        rows, columns = _positions(local, means[local], small.get_parameter(local))
-        part = guide._site(site)
-        cut = {"loc": part.loc, "log_scale": part.log_scale, "kept": _kept(guide, site)}
-        values[site] = {key: value.detach()[rows][:, columns].clone() for key, value in cut.items()}
+    for path, module in small.named_modules():  # both were put into eval mode
+        module.training = net.get_submodule(path).training
+    values = {site: _smaller_site(guide, site, local, large, small) for local, site in sites.items()}
     priors = {local: _prior(net, local) for local in sites}
     for local, prior in priors.items():
         if isinstance(prior, HierarchicalNormal):
@@ -81,6 +82,51 @@ def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
 def _kept(guide: Any, site: str) -> Tensor:
     part = guide._site(site)
     return torch.ones_like(part.loc, dtype=torch.bool) if part.kept is None else part.kept
+
+
+def _smaller_site(guide: Any, site: str, local: str, large: nn.Module, small: nn.Module) -> dict[str, Tensor]:
+    """The parameters of one site that are left, with the constants that have moved into it."""
+    before, after = large.get_parameter(local), small.get_parameter(local)
+    part, kept = guide._site(site), _kept(guide, site)
+    parameters = {"loc": part.loc.detach(), "log_scale": part.log_scale.detach(), "kept": kept}
+    if after.dim() > 1:
+        rows, columns = _positions(local, before, after)
+        return {key: value[rows][:, columns].clone() for key, value in parameters.items()}
+    at = ... if before.shape == after.shape else _units(local, large, small)
+    left = {key: value[at].clone() for key, value in parameters.items()}
+    moved = after != before[at]
+    if bool(moved.any()):
+        if not torch.equal(part.loc.where(kept, 0.0), before):
+            raise ExportError(
+                f"shrink: constants of dead units move into '{local}', whose posterior has no mean to take them. Leave "
+                "it out of where=... of to_bayesian"
+            )
+        left["loc"] = after.detach().where(moved, left["loc"])
+        scale = guide.init_scale(left["loc"]) if callable(guide.init_scale) else guide.init_scale
+        left["log_scale"] = log_scale_of(scale, left["loc"], local).where(moved & ~left["kept"], left["log_scale"])
+        left["kept"] |= moved
+    return left
+
+
+def _units(local: str, large: nn.Module, small: nn.Module) -> Tensor:
+    """Which elements of a vector are left: those of a bias are told by the weight of its layer."""
+    owner, _, attribute = local.rpartition(".")
+    layer, less = large.get_submodule(owner), small.get_submodule(owner)
+    before, after = large.get_parameter(local), small.get_parameter(local)
+    if attribute != "bias" or type(layer) not in LAYERS or len(rows_of(layer)) != len(before):
+        return _positions(local, before[:, None], after[:, None])[0]
+    units, columns = _positions(local, rows_of(layer).detach(), rows_of(less).detach())
+    silent = (rows_of(layer)[:, columns].flatten(1) == 0).all(1)
+    for unit in (rows_of(less).flatten(1) == 0).all(1).nonzero().flatten().tolist():
+        same = silent & (before == after[unit])
+        candidates = (same if bool(same.any()) else silent).nonzero().flatten()
+        if len(candidates) > 1 and bool((before[candidates] != 0).any()):
+            raise ExportError(
+                f"shrink: which elements of '{local}' are left cannot be told, as units without weights are left. "
+                "Leave it out of where=... of to_bayesian"
+            )
+        units[unit] = candidates[0]
+    return units
 
 
 def _prior(net: PyroModule, local: str) -> Any:
@@ -105,7 +151,8 @@ def _positions(name: str, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]
     rows = _fill(rows, flat[:, columns].t())
     if min(rows.min(), columns.min()) < 0 or not torch.equal(large[rows][:, columns], small):
         raise ExportError(
-            f"shrink: what is left of '{name}' cannot be found among what was there, as too many weights are equal"
+            f"shrink: what is left of '{name}' cannot be found among what was there, as too many weights are equal, or "
+            "constants have left some of them. Train longer before, or leave it out of where=... of to_bayesian"
         )
     return rows, columns
 

@@ -214,6 +214,37 @@ def test_a_wrongly_broadcast_batch_of_draws_is_not_trusted() -> None:
     assert group(idata, "posterior").attrs["vectorized"] == 0
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0])  # a mean over draws is close to each of them if these are close
+@pytest.mark.parametrize("own", [True, False])
+def test_deterministic_sites_that_mix_draws_are_drawn_one_by_one(own: bool, offset: float) -> None:
+    def model(y: torch.Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(offset, 1.0).expand([3]).to_event(1))
+        pyro.deterministic("average", m.mean())
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(m.sum(-1), 1.0), obs=y)
+
+    y = torch.full((4,), 3 * offset)
+    guide = (vdo.AutoFactorizedNormal if own else autoguide.AutoNormal)(model, init_scale=0.01)
+    posterior = group(from_pyro_svi(model, guide, y, num_samples=50), "posterior")
+    np.testing.assert_allclose(posterior["average"].values, posterior["m"].values.mean(-1), rtol=1e-5, atol=1e-6)
+    assert posterior.attrs["vectorized"] == 0
+    vectorizes = pyro.poutine.block(model, hide=["average"])
+    assert group(from_pyro_svi(vectorizes, guide, y, num_samples=5), "posterior").attrs["vectorized"] == 1
+
+
+def test_predictions_that_depend_on_other_predictions_do_not_mix_draws() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(x)):
+            first = pyro.sample("x", dist.Normal(m, 0.01), obs=x)
+        pyro.sample("y", dist.Normal(first.mean(), 0.01), obs=y)  # over all draws, if there are several
+
+    guide = autoguide.AutoNormal(model, init_scale=1.0)
+    idata = from_pyro_svi(model, guide, torch.zeros(6), torch.tensor(0.0), num_samples=40)
+    predicted = group(idata, "posterior_predictive")
+    np.testing.assert_allclose(predicted["y"].values, predicted["x"].values.mean(-1), atol=0.1)
+
+
 def test_masked_data_have_no_likelihood_and_factors_count_in_the_joint_density() -> None:
     keep = torch.tensor([True, False, True])
 

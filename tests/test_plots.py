@@ -93,6 +93,8 @@ def test_training_shows_the_history() -> None:
     assert "166 of 2,000 weights kept" in axes[1].get_title(loc="left")
     np.testing.assert_allclose(axes[2].lines[0].get_ydata(), 100 * frame["val_error"])
     assert plots.plot_training(frame.drop(columns="val_error")).shape == (2,)
+    by_epoch = plots.plot_training(vdo.History(history()).to_frame())[1].lines[0]
+    np.testing.assert_allclose(by_epoch.get_xydata(), axes[1].lines[0].get_xydata())
     with pytest.raises(ValueError, match=r"\['nll'\]"):
         plots.plot_training(frame.drop(columns="nll"))
     with pytest.raises(ValueError, match="needs 3 axes"):

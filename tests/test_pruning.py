@@ -147,6 +147,20 @@ def test_a_mask_changed_in_place_is_noticed() -> None:
     assert bool((gradients["sites.0.weight.loc"] != 0).nonzero().tolist() == [[7, 11]])
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_pruning_and_predicting_in_inference_mode_leave_training_possible(before: bool) -> None:
+    problem = Problem(*linear(), vdo.LogUniform())
+    if not before:
+        problem.guide.unprune()
+    with torch.inference_mode():
+        problem.guide.keep(problem.masks)
+        problem.guide.prune()
+        problem.guide(problem.x)
+    vdo.fit(problem.model, problem.guide, [problem.x], epochs=2, progress=False)
+    kept = {name: problem.guide.sites.get_submodule(name).kept for name in problem.masks}
+    assert all(bool((mask >= kept[name]).all()) for name, mask in problem.masks.items())
+
+
 def test_bad_masks_and_thresholds() -> None:
     problem = Problem(*linear(), vdo.LogUniform())
     with pytest.raises(ValueError, match="no site that can be pruned"):

@@ -66,6 +66,8 @@ def test_masks_at_thresholds() -> None:
     assert vdo.masks(posterior)["v"].tolist() == [True, False]
     with pytest.raises(ValueError, match="nan"):
         vdo.masks(posterior, math.nan)
+    with pytest.raises(ValueError, match=r"threshold for site 'w' is nan"):
+        vdo.sparsity(posterior, threshold=math.nan)
     with pytest.raises(ValueError, match=r"\['x'\].*\['v', 'w'\]"):
         vdo.masks(posterior, {"x": 1.0})
 

@@ -1,5 +1,7 @@
 """Going on with a smaller network: same predictions, same posterior, and training goes on."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -97,3 +99,55 @@ def test_some_equal_weights_do_no_harm():
     smaller.load_into(small_guide)
     small, large = export(smaller.net, small_guide, "masked"), export(bayesian, guide, "masked")
     torch.testing.assert_close(small(x), large(x), rtol=1e-4, atol=1e-5)
+
+
+def test_training_mode_is_kept():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 4))
+    net[2].eval()
+    bayesian, guide, x, _ = pruned(net, 0.6)
+    before = [module.training for module in bayesian]
+    smaller = shrink(bayesian, guide, x).net
+    assert smaller.training
+    assert bayesian.training
+    assert [module.training for module in smaller] == before == [module.training for module in bayesian]
+    assert not shrink(bayesian.eval(), guide, x).net[4].training
+
+
+def normalised():
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.PReLU(8), nn.Flatten(),
+        nn.Linear(288, 12), nn.ReLU(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [dense, convolutional, normalised])
+@pytest.mark.parametrize("keep_biases", [True, False])
+def test_bayesian_biases_take_up_the_constants(make, keep_biases):
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(4, (16,))
+    net = vdo.to_bayesian(make().eval(), vdo.EmpiricalBayesNormal(), where=lambda name, module: True)
+    start = lambda site: 0.5 + torch.rand(site["fn"].shape())  # noqa: E731
+    guide = vdo.AutoFactorizedNormal(model_of(net), init_loc_fn=start, init_scale=0.05).setup(x, y)
+    with torch.no_grad():
+        for name in guide.site_names():
+            guide._site(name).log_scale.copy_(torch.randn(guide._site(name).loc.shape))
+    masks = {name: torch.rand(q.loc.shape) < 0.7 for name, q in guide.posteriors().items()}
+    for mask in masks.values():
+        if mask.dim() > 1:
+            mask[::2] = False
+        elif keep_biases:
+            mask[:] = True
+    masks[list(masks)[-1]][:] = keep_biases
+    guide.keep(masks)
+    smaller = shrink(net, guide, x)
+    small_guide = vdo.AutoFactorizedNormal(model_of(smaller.net)).setup(x, y)
+    smaller.load_into(small_guide)
+    small, large = (export(*pair, "masked", threshold=math.inf) for pair in ((smaller.net, small_guide), (net, guide)))
+    torch.testing.assert_close(small(x), large(x), rtol=1e-3, atol=1e-4)
+    size = {name: q.loc.numel() for name, q in small_guide.posteriors().items()}
+    assert sum(size[name] < q.loc.numel() for name, q in guide.posteriors().items() if q.loc.dim() == 1) >= 1
+    for name, q in small_guide.posteriors().items():  # every scale is one that was there, or starts anew
+        kept, scales = small_guide._site(name).kept, guide.posteriors()[name].scale.flatten()
+        known = torch.isin(q.scale[kept], scales) | ((q.scale[kept] - 0.05).abs() < 1e-6)
+        assert bool(known.all())
+        if keep_biases and q.loc.dim() == 1:
+            assert bool(torch.isin(q.scale, scales).all())

@@ -79,6 +79,21 @@ def evaluating(*callables: Any) -> Iterator[None]:
             module.training = training
 
 
+def _alike(together: Tensor, alone: Tensor) -> bool:
+    """Whether draws (first dimension) differ by less than from one another, beside rounding.
+
+    A mean over the draws is as close to them as the posterior is narrow, so that no fixed tolerance would show it.
+    """
+    if together.shape != alone.shape or not alone.is_floating_point():
+        return torch.equal(together, alone)
+    if not alone.numel():
+        return True
+    largest = alone.abs().nan_to_num(0.0, 0.0, 0.0).max()
+    spread = (alone.amax(0) - alone.amin(0)).nan_to_num(0.0, 0.0, 0.0)
+    close = (together - alone).abs() <= 0.01 * spread + 10 * torch.finfo(alone.dtype).eps * largest
+    return bool((close | (together == alone) | (together.isnan() & alone.isnan())).all())
+
+
 @dataclass
 class Batch:
     """Some joint draws: every tensor has the draws in its first dimension."""
@@ -146,41 +161,63 @@ class Sampler:
 
     def _pass(self, size: int | None) -> tuple[Any, Any]:
         """Traces of the guide, and of the model at the values of the guide."""
-        guide_trace = self._run(self.guide, size)
-        values = {}
-        for name, site in guide_trace.nodes.items():
-            if site["type"] == "sample" and not site_is_subsample(site):
-                if isinstance(site["value"], Undrawn):
-                    site["value"] = site["value"].draw()
-                values[name] = site["value"]
-        return guide_trace, self._run(self.model, size, _Insert(values))
+        guide_trace = self._guide_pass(size)
+        return guide_trace, self._run(self.model, size, _Insert(self._values(guide_trace)))
+
+    def _guide_pass(self, size: int | None) -> Any:
+        trace = self._run(self.guide, size)
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and isinstance(site["value"], Undrawn):
+                site["value"] = site["value"].draw()
+        return trace
+
+    @staticmethod
+    def _values(trace: Any) -> dict[str, Tensor]:
+        return {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
 
     def _can_vectorize(self) -> bool:
         """Whether some draws at once give what one of them gives alone."""
         arguments = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
         shapes = [*(tuple(leaf.shape) for leaf in arguments), *(site.shape for site in self.sites.values())]
         sizes = {size for shape in shapes for size in shape}
-        few = next(n for n in range(2, len(sizes) + 3) if n not in sizes)  # or an error of shapes might stay hidden
+        few = next(n for n in range(3, len(sizes) + 4) if n not in sizes)  # or an error of shapes might stay hidden
+        models = [self.model, poutine.uncondition(self.model)] if self.several_observed else [self.model]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                guide_trace, model_trace = self._pass(few)
-                together = self._collect(guide_trace, model_trace, few, {})
-                values = {n: self._last(guide_trace.nodes[n]["value"], self.sites[n], few) for n in self._latent()}
-                alone = self._collect(guide_trace, self._run(self.model, None, _Insert(values)), None, {})
+                guide_trace = self._guide_pass(few)
+                return all(self._agrees(model, guide_trace, few) for model in models)
         except (RuntimeError, ValueError, IndexError, AssertionError, NotImplementedError, TypeError):
             # The model is not written for batches of draws; if it is wrong in itself, the single draws will say so.
             return False
-        pairs = [(together.log_likelihood[n][-1], alone.log_likelihood[n][0]) for n in alone.log_likelihood]
-        pairs.append((together.log_p[-1], alone.log_p[0]))
-        return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
 
-    def _last(self, value: Tensor, site: Site, size: int) -> Tensor:
-        """The last of several draws, as a single one."""
-        single = self._drawn(value, site, size)[-1]
-        if isinstance(value, PrunedDraw):
-            return PrunedDraw.of(single, self._drawn(value.kept, site, size)[-1])
-        return single
+    def _agrees(self, model: Callable[..., Any], guide_trace: Any, size: int) -> bool:
+        """Whether ``model`` gives for several draws of the guide what it gives for each of them alone."""
+        trace = self._run(model, size, _Insert(self._values(guide_trace)))
+        computed = {name: site for name, site in self.sites.items() if site.kind == "deterministic"}
+        together = self._collect(guide_trace, trace, size, computed)
+        passes = [self._run(model, None, _Insert(values)) for values in self._singles(trace, size)]
+        alone = [self._collect(guide_trace, single, None, computed) for single in passes]
+        pairs = [(together.log_likelihood[n], torch.cat([b.log_likelihood[n] for b in alone])) for n in self.dtypes]
+        pairs.append((together.log_p, torch.cat([b.log_p for b in alone])))
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs) and all(
+            _alike(together.values[name], torch.cat([b.values[name] for b in alone])) for name in computed
+        )
+
+    def _singles(self, trace: Any, size: int) -> list[dict[str, Tensor]]:
+        """What a pass with several draws has sampled, one dict for each of them."""
+        result: list[dict[str, Tensor]] = [{} for _ in range(size)]
+        for name, site in self.sites.items():
+            node = trace.nodes[name]
+            if site.kind == "deterministic" or node["is_observed"]:
+                continue
+            values = list(self._drawn(node["value"], site, size))
+            if isinstance(node["value"], PrunedDraw):
+                kept = self._drawn(node["value"].kept, site, size)
+                values = [PrunedDraw.of(value, mask) for value, mask in zip(values, kept, strict=True)]
+            for single, value in zip(result, values, strict=True):
+                single[name] = value
+        return result
 
     def _latent(self) -> list[str]:
         return [name for name, site in self.sites.items() if site.kind == "latent"]
