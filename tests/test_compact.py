@@ -100,6 +100,20 @@ def test_constant_channels_are_not_folded_across_a_padded_border() -> None:
     close(small(x), net(x))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_example_of_one_position_does_not_hide_the_border(transposed: bool) -> None:
+    second = nn.ConvTranspose2d if transposed else nn.Conv2d
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.MaxPool2d(2), second(3, 2, 3, padding=1)).eval()
+    with torch.no_grad():
+        net[0].weight[1] = 0
+        net[2].weight.abs_()
+    assert net[0].bias[1] != 0
+    small = compact_module(net, torch.randn(2, 1, 2, 2))
+    for size in (2, 4, 8):
+        x = torch.randn(2, 1, size, size)
+        close(small(x), net(x))
+
+
 def test_channels_go_through_batch_norm_pooling_and_flatten() -> None:
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
