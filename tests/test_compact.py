@@ -219,6 +219,33 @@ def test_weights_that_are_used_outside_of_their_layer() -> None:
         assert "Use form='sparse'" in str(error)  # noqa: PT017  either is right
 
 
+@pytest.mark.parametrize("form", ["compact", "compact+sparse"])
+def test_a_layer_that_reads_the_weights_of_its_children(form: str) -> None:
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).eval()
+    weight = net[0].linear1.weight.detach().clone()
+    weight[:, :3] = 0
+    x = torch.randn(4, 5, 8)
+    with torch.no_grad():
+        want = prune_module(net, {"0.linear1.weight": weight}, "masked")(x)
+        torch.testing.assert_close(
+            prune_module(net, {"0.linear1.weight": weight}, form, example_inputs=x)(x), want, rtol=1e-5, atol=1e-5
+        )
+
+
+class WithInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.first(x).relu(), x], -1))
+
+
+def test_a_concatenation_with_an_input_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"concatenated .* Use form='sparse'"):
+        compact_module(WithInput(), torch.randn(2, 6))
+
+
 def test_shared_and_repeated_layers_stay() -> None:
     inner = nn.Linear(4, 4)
     net = nn.Sequential(inner, nn.ReLU(), inner, nn.Linear(4, 2)).eval()

@@ -65,8 +65,7 @@ def compact_module(module: nn.Module, example_inputs: Any, *, select_inputs: boo
         _clear(tp, result, check)
         result = _remove(tp, result, check)
         if select_inputs:
-            selected = insert_selects(copy.deepcopy(result))
-            result = selected if check.holds(selected) else result
+            result = _with_selects(result, check)
         result = check.restore(result)
         for name, p in result.named_parameters():
             p.requires_grad_(wanted.get(name, wanted.get(name.replace(".layer.", "."), True)))
@@ -277,6 +276,19 @@ def _remove_units(tp: Any, module: nn.Module, check: _Check, name: str) -> bool:
         return False
     group.prune()
     return True
+
+
+def _with_selects(module: nn.Module, check: _Check) -> nn.Module:
+    """A copy with selections, if it runs and computes the same: some layers read the weights of their children."""
+    selected = insert_selects(copy.deepcopy(module))
+    return selected if check.holds(selected) else module
+
+
+def select_inputs_of(module: nn.Module, example_inputs: Any) -> nn.Module:
+    """``module``, which is in eval mode, with :class:`Select` where :func:`compact_module` puts it by itself."""
+    with torch.inference_mode(False):
+        check = _Check(module, as_arguments(example_inputs))
+        return check.restore(_with_selects(check.module, check))
 
 
 def insert_selects(module: nn.Module) -> nn.Module:
