@@ -114,6 +114,22 @@ def test_an_example_of_one_position_does_not_hide_the_border(transposed: bool) -
         close(small(x), net(x))
 
 
+def test_constants_that_depend_on_the_size_of_the_image_are_not_folded() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(3, 2),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        net[0].weight[1] = 0
+        net[1].weight[0, [0, 2]] = 0  # so its output is constant, but not the same at the border
+        net[1].weight[2] = 0  # and this one is constant everywhere
+    small = compact_module(net, torch.randn(2, 1, 4, 4))
+    assert widths(small)[-1] == (2, 2)
+    for size in (2, 4, 8):
+        x = torch.randn(2, 1, size, size)
+        close(small(x), net(x))
+
+
 def test_channels_go_through_batch_norm_pooling_and_flatten() -> None:
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)

@@ -130,7 +130,7 @@ def _clear(tp: Any, module: nn.Module, check: _Check) -> None:
     """Move constants into biases and clear the weights of what nobody reads, until nothing changes."""
     named = {name: layer for name, layer in module.named_modules() if type(layer) in KNOWN}
     try:
-        once = known_inputs(module, named, check.example)
+        once = _constants(module, named, check.example)
     except DataDependentError as error:
         raise ExportError(f"compact: {error}. Use form='sparse'.") from error
     alone = {name for name in once if not _shares(module, named[name])}
@@ -157,7 +157,34 @@ def _settle(
         changed = any([_fold(layers[name], x) for name, x in inputs.items()])  # noqa: C419  every layer, not the first
         changed |= any([_forget_unread(unit) for unit in units])  # noqa: C419
         if changed:
-            inputs = known_inputs(module, layers, check.example)
+            inputs = _constants(module, layers, check.example)
+
+
+def _constants(module: nn.Module, layers: dict[str, nn.Module], example: tuple[Any, ...]) -> dict[str, Tensor]:
+    """What :func:`known_inputs` finds, and finds again for larger images where the network takes them.
+
+    What a padded border adds to a mean over positions, say, is constant for images of one size only.
+    """
+    inputs = known_inputs(module, layers, example)
+    if not any(isinstance(layer, CONVOLUTIONS) for layer in layers.values()):
+        return inputs
+    try:
+        larger = known_inputs(module, layers, tree_map_only(Tensor, _twice_as_large, example))
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):  # it takes images of one size
+        return inputs
+    for name in inputs.keys() & larger.keys() & {n for n, layer in layers.items() if type(layer) in LAYERS}:
+        layer: Any = layers[name]
+        dim = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()  # the channels, in a batch or not
+        x, other = (t.transpose(dim, -1).reshape(-1, t.shape[dim]) for t in (inputs[name], larger[name]))
+        if len(x):
+            tolerance = 1e3 * torch.finfo(x.dtype).eps * (1 + x[0].abs())
+            differs = ~((other - x[0]).abs() <= tolerance).all(0)  # also where it is unknown
+            inputs[name].transpose(dim, -1)[..., differs] = torch.nan
+    return inputs
+
+
+def _twice_as_large(t: Tensor) -> Tensor:
+    return t.new_zeros(*t.shape[:2], *(2 * size for size in t.shape[2:]))
 
 
 def _shares(module: nn.Module, layer: nn.Module) -> bool:
