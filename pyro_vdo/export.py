@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyro_vdo import _compat
 from pyro_vdo import relevance as relevance_of
 from pyro_vdo.compression.chains import shrink_chain
-from pyro_vdo.compression.compact import compact_module, insert_selects
+from pyro_vdo.compression.compact import compact_module, select_inputs_of
 from pyro_vdo.compression.dependency import ExportError
 from pyro_vdo.compression.sparse_layers import sparsify
 from pyro_vdo.families.hierarchical import PriorScales
@@ -121,12 +121,13 @@ def _check_form(form: str | None) -> None:
 def _finish(module: nn.Module, form: str | None, example_inputs: Any, data: Iterable[Any] | None) -> nn.Module:
     if data is not None:
         reestimate_batch_norm(module, data)
+    example = example_inputs
     if form in ("compact", "compact+sparse"):
         example = _example_inputs(module) if example_inputs is None else example_inputs
         module = compact_module(module, example, select_inputs=form == "compact")
     if form in (None, "sparse", "compact+sparse"):
         module = sparsify(shrink_chain(module) if form is None else module)
-    return insert_selects(module) if form == "compact+sparse" else module
+    return select_inputs_of(module, example) if form == "compact+sparse" else module
 
 
 def _example_inputs(module: nn.Module) -> Tensor:
@@ -268,7 +269,7 @@ def reestimate_batch_norm(module: nn.Module, data: Iterable[Any]) -> nn.Module:
     As ``torch.optim.swa_utils.update_bn``, but all other layers (dropout) stay in eval mode.
 
     :param data: batches of inputs, or tuples and lists whose first entry is the input.
-    :raises ValueError: if there is no batch.
+    :raises ValueError: if there is no batch, or the batches are dicts and the network does not take them.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     training, momenta = module.training, [layer.momentum for layer in layers]
@@ -280,7 +281,7 @@ def reestimate_batch_norm(module: nn.Module, data: Iterable[Any]) -> nn.Module:
     count = 0
     try:
         for batch in data:
-            module(batch[0] if isinstance(batch, tuple | list) else batch)
+            _forward(module, batch)
             count += 1
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
@@ -289,6 +290,18 @@ def reestimate_batch_norm(module: nn.Module, data: Iterable[Any]) -> nn.Module:
     if layers and not count:
         raise ValueError("reestimate_batch_norm: there is no batch in data")
     return module
+
+
+def _forward(module: nn.Module, batch: Any) -> None:
+    try:
+        module(batch[0] if isinstance(batch, tuple | list) else batch)
+    except (TypeError, AttributeError) as error:
+        if not isinstance(batch, Mapping):
+            raise
+        raise ValueError(
+            f"data: a batch is a dict with {sorted(map(str, batch))}, which the network does not take as its input "
+            "(nothing says which entries are inputs). Pass the inputs: data=[batch['x'] for batch in ...]"
+        ) from error
 
 
 # --------------------------------------------------------------------------- three ways to predict

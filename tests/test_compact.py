@@ -100,6 +100,36 @@ def test_constant_channels_are_not_folded_across_a_padded_border() -> None:
     close(small(x), net(x))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_example_of_one_position_does_not_hide_the_border(transposed: bool) -> None:
+    second = nn.ConvTranspose2d if transposed else nn.Conv2d
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.MaxPool2d(2), second(3, 2, 3, padding=1)).eval()
+    with torch.no_grad():
+        net[0].weight[1] = 0
+        net[2].weight.abs_()
+    assert net[0].bias[1] != 0
+    small = compact_module(net, torch.randn(2, 1, 2, 2))
+    for size in (2, 4, 8):
+        x = torch.randn(2, 1, size, size)
+        close(small(x), net(x))
+
+
+def test_constants_that_depend_on_the_size_of_the_image_are_not_folded() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(3, 2),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        net[0].weight[1] = 0
+        net[1].weight[0, [0, 2]] = 0  # so its output is constant, but not the same at the border
+        net[1].weight[2] = 0  # and this one is constant everywhere
+    small = compact_module(net, torch.randn(2, 1, 4, 4))
+    assert widths(small)[-1] == (2, 2)
+    for size in (2, 4, 8):
+        x = torch.randn(2, 1, size, size)
+        close(small(x), net(x))
+
+
 def test_channels_go_through_batch_norm_pooling_and_flatten() -> None:
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
@@ -203,6 +233,33 @@ def test_weights_that_are_used_outside_of_their_layer() -> None:
         close(compact_module(net, x)(x), net(x))
     except ExportError as error:
         assert "Use form='sparse'" in str(error)  # noqa: PT017  either is right
+
+
+@pytest.mark.parametrize("form", ["compact", "compact+sparse"])
+def test_a_layer_that_reads_the_weights_of_its_children(form: str) -> None:
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).eval()
+    weight = net[0].linear1.weight.detach().clone()
+    weight[:, :3] = 0
+    x = torch.randn(4, 5, 8)
+    with torch.no_grad():
+        want = prune_module(net, {"0.linear1.weight": weight}, "masked")(x)
+        torch.testing.assert_close(
+            prune_module(net, {"0.linear1.weight": weight}, form, example_inputs=x)(x), want, rtol=1e-5, atol=1e-5
+        )
+
+
+class WithInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.first(x).relu(), x], -1))
+
+
+def test_a_concatenation_with_an_input_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"concatenated .* Use form='sparse'"):
+        compact_module(WithInput(), torch.randn(2, 6))
 
 
 def test_shared_and_repeated_layers_stay() -> None:

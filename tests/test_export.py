@@ -315,6 +315,20 @@ def test_batch_norm_is_estimated_anew_as_torch_does() -> None:
         reestimate_batch_norm(ours, [])
 
 
+def test_batches_that_are_dicts_need_a_network_that_takes_them() -> None:
+    x = torch.randn(50, 2)
+    net = nn.Sequential(nn.BatchNorm1d(2)).eval()
+    with pytest.raises(ValueError, match=r"\['x', 'y'\].*data=\[batch\['x'\]"):
+        reestimate_batch_norm(net, [{"x": x, "y": x}])
+
+    class ByName(nn.Sequential):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return super().forward(batch["x"])
+
+    ours = reestimate_batch_norm(ByName(*net), [{"x": x, "y": x}])
+    torch.testing.assert_close(ours[0].running_mean, x.mean(0))  # type: ignore[index]
+
+
 def test_dropout_is_off_while_batch_norm_is_estimated() -> None:
     net = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(2)).eval()
     x = torch.randn(50, 2)

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -80,6 +80,32 @@ def test_large_batches_of_wide_layers_are_worked_through_in_parts() -> None:
         torch.testing.assert_close(
             sparse(x[:, None].expand(count, 2, 40)), layer(x)[:, None].expand(-1, 2, -1).detach()
         )
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4000, 9), nn.Conv2d(4, 9, 3, 2, padding=1)], ids=["linear", "convolution"])
+def test_gradients_of_large_batches(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = thin(layer, 0.1)
+    everything = nn.Sequential(layer)
+    sparse = cast(Any, sparsify(copy.deepcopy(everything), everywhere=True)[0])
+    monkeypatch.setattr(sparse_layers, "_CHUNK", 2_000)
+    shape = (2 * sparse.rows_at_once + 1, 4000) if isinstance(layer, nn.Linear) else (7, 4, 9, 8)
+    x = torch.randn(shape, requires_grad=True)
+    torch.testing.assert_close(sparse(x), layer(x))
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x), layer(x))
+    by_dense, by_sparse = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, sparse))
+    torch.testing.assert_close(by_sparse, by_dense, rtol=1e-4, atol=1e-5)
+    assert sparse(x[:0]).shape == layer(x[:0]).shape
+
+
+def test_gradients_of_a_sparse_convolution_need_little_memory() -> None:
+    """The gradient of a selection from all runs of the image would have 16 x 64 x 64 x 3844 elements for each image."""
+    layer = thin(nn.Conv2d(16, 8, 3), 0.02)
+    x = torch.randn(1, 16, 64, 64, requires_grad=True)
+    by_dense, by_sparse = (
+        torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, SparseConv2d.from_dense(layer))
+    )
+    torch.testing.assert_close(by_sparse, by_dense, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_inputs() -> None:

@@ -145,6 +145,24 @@ def test_modules_with_options_of_their_own_are_not_described_wrongly() -> None:
         assert torch.equal(from_bytes(to_bytes(net), net)(x), net.eval()(x))
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.AvgPool2d(2, divisor_override=1),
+        nn.Upsample(scale_factor=1.7, mode="bilinear", recompute_scale_factor=True),
+        nn.MaxPool2d(2, return_indices=True),
+        nn.AdaptiveMaxPool2d(2, return_indices=True),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_options_that_no_layer_prints_are_not_lost(layer: nn.Module) -> None:
+    net, x = nn.Sequential(nn.Conv2d(1, 2, 3), layer).eval(), torch.randn(2, 1, 8, 8)
+    with pytest.raises(ExportFileError, match="skeleton"):
+        from_bytes(to_bytes(net))
+    with torch.no_grad():
+        torch.testing.assert_close(from_bytes(to_bytes(net), net)(x), net(x), rtol=0, atol=0)
+
+
 # --------------------------------------------------------------------------- writing
 
 

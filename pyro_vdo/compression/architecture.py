@@ -136,10 +136,18 @@ def _described(module: nn.Module) -> dict[str, Any] | None:
     args = {name: _argument(module, name) for name in TYPES[kind]}
     node: dict[str, Any] = {"type": kind.__name__, **({"args": args} if args else {})}
     try:
-        same = kind is nn.Sequential or _layer(node, "").extra_repr() == module.extra_repr()
+        same = kind is nn.Sequential or _same_options(_layer(node, ""), module)
     except ArchitectureError:  # an unusual value, for which the list has no room
         return None
     return node if same else None
+
+
+def _same_options(rebuilt: nn.Module, module: nn.Module) -> bool:
+    """Neither is enough alone: ``extra_repr`` leaves options out, and a missing bias is no attribute of its own."""
+    public = {name: value for name, value in vars(rebuilt).items() if name[0] != "_" and name != "training"}
+    return rebuilt.extra_repr() == module.extra_repr() and all(
+        name in vars(module) and vars(module)[name] == value for name, value in public.items()
+    )
 
 
 def _argument(module: nn.Module, name: str) -> Any:
@@ -188,8 +196,8 @@ def _is_name(name: Any) -> bool:
 def _of_skeleton(skeleton: nn.Module | None, path: str) -> nn.Module:
     if skeleton is None:
         raise ArchitectureError(
-            f"'{path or 'the network'}' is of a class of its own, which no file can bring along. Build a network of "
-            "that class and pass it: load(path, skeleton=net)"
+            f"'{path or 'the network'}' has a class or options of its own, which no file can bring along. Build such a "
+            "network and pass it: load(path, skeleton=net)"
         )
     return skeleton
 

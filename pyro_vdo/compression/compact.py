@@ -65,8 +65,7 @@ def compact_module(module: nn.Module, example_inputs: Any, *, select_inputs: boo
         _clear(tp, result, check)
         result = _remove(tp, result, check)
         if select_inputs:
-            selected = insert_selects(copy.deepcopy(result))
-            result = selected if check.holds(selected) else result
+            result = _with_selects(result, check)
         result = check.restore(result)
         for name, p in result.named_parameters():
             p.requires_grad_(wanted.get(name, wanted.get(name.replace(".layer.", "."), True)))
@@ -102,7 +101,7 @@ class _Check:
         """True where ``module`` runs and has the outputs of the original."""
         try:
             outputs = self._outputs(module)
-        except (RuntimeError, IndexError, ValueError):  # shapes that do not fit together any more
+        except (RuntimeError, IndexError, ValueError, AttributeError):  # shapes or layers that do not fit any more
             return False
         return len(outputs) == len(self.reference) and all(
             a.shape == b.shape and torch.allclose(a, b, rtol=self.tolerance, atol=self.tolerance, equal_nan=True)
@@ -131,7 +130,7 @@ def _clear(tp: Any, module: nn.Module, check: _Check) -> None:
     """Move constants into biases and clear the weights of what nobody reads, until nothing changes."""
     named = {name: layer for name, layer in module.named_modules() if type(layer) in KNOWN}
     try:
-        once = known_inputs(module, named, check.example)
+        once = _constants(module, named, check.example)
     except DataDependentError as error:
         raise ExportError(f"compact: {error}. Use form='sparse'.") from error
     alone = {name for name in once if not _shares(module, named[name])}
@@ -158,7 +157,34 @@ def _settle(
         changed = any([_fold(layers[name], x) for name, x in inputs.items()])  # noqa: C419  every layer, not the first
         changed |= any([_forget_unread(unit) for unit in units])  # noqa: C419
         if changed:
-            inputs = known_inputs(module, layers, check.example)
+            inputs = _constants(module, layers, check.example)
+
+
+def _constants(module: nn.Module, layers: dict[str, nn.Module], example: tuple[Any, ...]) -> dict[str, Tensor]:
+    """What :func:`known_inputs` finds, and finds again for larger images where the network takes them.
+
+    What a padded border adds to a mean over positions, say, is constant for images of one size only.
+    """
+    inputs = known_inputs(module, layers, example)
+    if not any(isinstance(layer, CONVOLUTIONS) for layer in layers.values()):
+        return inputs
+    try:
+        larger = known_inputs(module, layers, tree_map_only(Tensor, _twice_as_large, example))
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):  # it takes images of one size
+        return inputs
+    for name in inputs.keys() & larger.keys() & {n for n, layer in layers.items() if type(layer) in LAYERS}:
+        layer: Any = layers[name]
+        dim = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()  # the channels, in a batch or not
+        x, other = (t.transpose(dim, -1).reshape(-1, t.shape[dim]) for t in (inputs[name], larger[name]))
+        if len(x):
+            tolerance = 1e3 * torch.finfo(x.dtype).eps * (1 + x[0].abs())
+            differs = ~((other - x[0]).abs() <= tolerance).all(0)  # also where it is unknown
+            inputs[name].transpose(dim, -1)[..., differs] = torch.nan
+    return inputs
+
+
+def _twice_as_large(t: Tensor) -> Tensor:
+    return t.new_zeros(*t.shape[:2], *(2 * size for size in t.shape[2:]))
 
 
 def _shares(module: nn.Module, layer: nn.Module) -> bool:
@@ -199,16 +225,20 @@ def _fold_linear(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def _fold_convolution(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`_fold_linear`, for the channels that add the same at all positions of the output.
 
-    At a border with zero padding a constant channel is not constant for the kernel.
+    At a border with zero padding a constant channel is not constant for the kernel. So the output is computed at a
+    size that has inner positions, which the example need not have.
     """
     if layer.groups > 1 or x.dim() != layer.weight.dim():
         return torch.zeros(0, dtype=torch.long), x.new_zeros(layer.out_channels)
-    constant = (x == x[:1]).transpose(0, 1).flatten(1).all(1)
-    inputs, zero, total = [], torch.zeros_like(x[:1]), x.new_zeros(layer.out_channels)
+    values = x[0].flatten(1)[:, 0]
+    constant = (x == values.reshape(-1, *[1] * (x.dim() - 2))).transpose(0, 1).flatten(1).all(1)
+    reach = [s + d * (k - 1) for s, d, k in zip(layer.stride, layer.dilation, layer.kernel_size, strict=True)]
+    sizes = [size + more for size, more in zip(x.shape[2:], reach, strict=True)]
+    inputs, zero, total = [], x.new_zeros(1, x.shape[1], *sizes), x.new_zeros(layer.out_channels)
     base = layer(zero)
     for channel in torch.nonzero(constant & columns(layer).any(1))[:, 0].tolist():
         alone = zero.clone()
-        alone[0, channel] = x[0, channel]
+        alone[0, channel] = values[channel]
         added = (layer(alone) - base)[0].flatten(1)
         if (added - added[:, :1]).abs().max() <= 1e-12 * (1 + added.abs().max()):
             inputs.append(channel)
@@ -273,6 +303,19 @@ def _remove_units(tp: Any, module: nn.Module, check: _Check, name: str) -> bool:
         return False
     group.prune()
     return True
+
+
+def _with_selects(module: nn.Module, check: _Check) -> nn.Module:
+    """A copy with selections, if it runs and computes the same: some layers read the weights of their children."""
+    selected = insert_selects(copy.deepcopy(module))
+    return selected if check.holds(selected) else module
+
+
+def select_inputs_of(module: nn.Module, example_inputs: Any) -> nn.Module:
+    """``module``, which is in eval mode, with :class:`Select` where :func:`compact_module` puts it by itself."""
+    with torch.inference_mode(False):
+        check = _Check(module, as_arguments(example_inputs))
+        return check.restore(_with_selects(check.module, check))
 
 
 def insert_selects(module: nn.Module) -> nn.Module:

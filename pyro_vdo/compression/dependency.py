@@ -107,7 +107,13 @@ def graph_of(tp: Any, module: nn.Module, example: tuple[Any, ...]) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about parameters outside of layers, which are left alone here
-        graph = tp.DependencyGraph().build_dependency(module, example, forward_fn=forward)
+        try:
+            graph = tp.DependencyGraph().build_dependency(module, example, forward_fn=forward)
+        except TypeError as error:  # it counts the channels of a concatenation, and knows none of the network's inputs
+            raise ExportError(
+                f"compact: torch-pruning cannot follow this network ({error}), which happens where an input of the "
+                "network is concatenated with the output of a layer. Use form='sparse'."
+            ) from error
     for node in graph.module2node.values():
         if type(node.module).__name__ == "_ConcatOp":
             _map_concatenation(node)

@@ -65,6 +65,10 @@ def _full_rows(convolution: nn.Module) -> Tensor:
     return full.flatten(1)
 
 
+def _with_gradients(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 class _Csr(nn.Module):
     """A CSR matrix in three buffers, and a bias. The sparse tensor over them is built when it is first needed."""
 
@@ -163,6 +167,8 @@ class SparseLinear(_Csr):
         if len(x) == 1:
             return torch.addmv(bias, weight, x[0]).unsqueeze(0)
         if len(x) >= 2 * self.rows_at_once:
+            if _with_gradients(x):  # which cannot go through the views that are written to
+                return torch.cat([self.forward(rows) for rows in x.split(self.rows_at_once)])
             result = x.new_empty(len(x), self.out_features)
             for part, rows in zip(result.split(self.rows_at_once), x.split(self.rows_at_once), strict=True):
                 part.copy_(torch.addmm(column, weight, rows.t()).t())
@@ -239,6 +245,7 @@ class SparseConv2d(_Csr):
         """Shape ([batch,] in_channels, height, width) to ([batch,] out_channels, height', width')."""
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        unpadded = x
         if any(self.padding):
             x = F.pad(x, self.padding, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         batch, channels, height, width = x.shape
@@ -252,14 +259,21 @@ class SparseConv2d(_Csr):
         weight, _, column = self._operands()
         span = (rows - 1) * width + columns
         shape = (self.out_channels, -(-rows // self.stride[0]), -(-columns // self.stride[1]))
-        result = x.new_empty(batch, *shape)
-        runs = x.reshape(batch, channels * height * width).unfold(1, span, 1).transpose(0, 1)  # (start, batch, span)
         offsets = self._run_starts(height, width)
         chunk = max(1, _CHUNK // max(1, span * offsets.numel()))
+        gradients = _with_gradients(x)
+        if gradients and batch > chunk:  # writing to slices would copy the whole gradient for each of them
+            return torch.cat([self.forward(images) for images in unpadded.split(chunk)])
+        result = x.new_empty(batch, *shape)
+        flat = x.reshape(batch, channels * height * width)
+        runs = flat.unfold(1, span, 1).transpose(0, 1)  # (start, batch, span)
         for first in range(0, batch, chunk):
-            copied = runs[:, first : first + chunk].index_select(0, offsets)
+            if gradients:  # the gradient of a selection from all runs would have the size of all runs
+                copied = flat[:, offsets.unsqueeze(1) + torch.arange(span, device=x.device)].transpose(0, 1)
+            else:
+                copied = runs[:, first : first + chunk].index_select(0, offsets)
             count = copied.shape[1]
-            summed = torch.addmm(column, weight, copied.view(offsets.numel(), count * span))
+            summed = torch.addmm(column, weight, copied.reshape(offsets.numel(), count * span))
             steps = (span, count * span, width * self.stride[0], self.stride[1])
             result[first : first + count] = summed.as_strided((count, *shape), steps)
         return result
