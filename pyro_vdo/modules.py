@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.runtime import get_plates
@@ -281,6 +282,33 @@ class BayesianNorm(BayesianModule):
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
+class PaddedEmbedding(nn.Embedding):
+    """What ``super().forward`` of an embedding is: the row at ``padding_idx``, which no data reaches, is a constant."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        """The layer's own, with the row that the network came with at ``padding_idx``."""
+        out = super().forward(index)
+        if self.padding_idx is None or "weight" not in _compat.sampled_names(self):  # type: ignore[arg-type]
+            return out
+        row = _compat.get_buffer(self, "weight")[self.padding_idx]
+        return torch.where((index == self.padding_idx).unsqueeze(-1), row, out)
+
+
+def padding_row(module: nn.Module, attribute: str) -> int | None:
+    """The row of a weight that is a constant, that of an embedding at ``padding_idx``; None where there is none."""
+    return module.padding_idx if isinstance(module, nn.Embedding) and attribute == "weight" else None
+
+
+def with_padding(module: nn.Module, attribute: str, value: Tensor, constant: Tensor) -> Tensor:
+    """``value`` of a weight, with the row of ``constant`` that is one."""
+    row = padding_row(module, attribute)
+    if row is None:
+        return value
+    value = value.clone()
+    value[row] = constant[row]
+    return value
+
+
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -291,14 +319,16 @@ def _bayesian_class(kind: type[nn.Module]) -> type[nn.Module]:
     if kind not in _CLASSES:
         plain = plain_class(kind)
         mixin = BayesianNorm if issubclass(kind, tuple(_NORM_LAYERS)) else BayesianModule
-        mixed = type(kind.__name__, (mixin, kind), {"__reduce__": _reduce, "_vdo_plain": plain})
+        last = (PaddedEmbedding,) if issubclass(kind, nn.Embedding) else ()  # below a forward of the user's
+        mixed = type(kind.__name__, (mixin, kind, *last), {"__reduce__": _reduce, "_vdo_plain": plain})
         _CLASSES[kind] = mixed
     return _CLASSES[kind]
 
 
 def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The ordinary class behind one that Pyro and this package have mixed into."""
-    return next(base for base in kind.__mro__ if not issubclass(base, PyroModule) or base is nn.Module)
+    bases = (base for base in kind.__mro__ if base is not PaddedEmbedding)
+    return next(base for base in bases if not issubclass(base, PyroModule) or base is nn.Module)
 
 
 def _reduce(self: nn.Module) -> Any:
