@@ -60,11 +60,12 @@ def to_bayesian(
         all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers).
     :param name: prefix of the site names, needed where one model calls several networks.
     :raises TypeError: if ``net`` is no module or ``prior`` no distribution.
-    :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), unknown names,
-        or a network without any weight to convert. ``net`` itself is left as it is.
+    :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), compiled
+        modules, unknown names, or a network without any weight to convert. ``net`` itself is left as it is.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"to_bayesian: net must be a torch.nn.Module, not {type(net).__name__}")
+    _refuse_compiled(net)
     priors = prior if isinstance(prior, Mapping) else {nn.Module: prior}
     for key, value in priors.items():
         if not isinstance(value, Distribution | HierarchicalNormal):
@@ -85,6 +86,16 @@ def to_bayesian(
             weight_prior.attach(bayesian.get_submodule(owner), attribute, net.get_parameter(full_name))
     _compat.set_root_name(bayesian, name)
     return bayesian  # type: ignore[no-any-return]
+
+
+def _refuse_compiled(net: nn.Module) -> None:
+    for path, module in net.named_modules():
+        if _compat.is_compiled_module(module):
+            raise ValueError(
+                f"to_bayesian: {repr(path) if path else 'the network'} is wrapped by torch.compile, which hides where "
+                "its weights are used. Convert the network before it is compiled; export gives one that is worth "
+                "compiling."
+            )
 
 
 def _convert(module: nn.Module, attribute: str, prior: Prior) -> None:
