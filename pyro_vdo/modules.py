@@ -51,7 +51,8 @@ def to_bayesian(
     """A copy of ``net`` whose weights are latent sites with a prior, to be called inside of a Pyro model.
 
     The copy is a ``PyroModule`` of the same structure and with the same ``state_dict`` keys (and those of scales that
-    are learned); the values of the converted weights stay in it as buffers, where guides start from them.
+    are learned); the values of the converted weights stay in it as buffers, where guides start from them. To run
+    it at weights of your own use ``poutine.condition``; ``torch.func.functional_call`` reaches these buffers alone.
 
     :param net: any module.
     :param prior: a prior over one weight, e.g. ``LogUniform()``, a :class:`HierarchicalNormal`, or a mapping to these

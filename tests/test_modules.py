@@ -431,9 +431,7 @@ def test_compiled_networks_are_refused() -> None:
     validation = torch.distributions.Distribution._validate_args
     whole, part = torch.compile(nn.Linear(3, 2)), nn.Sequential(nn.ReLU(), torch.compile(nn.Linear(3, 2)))
     torch.distributions.Distribution.set_default_validate_args(validation)  # Dynamo switches it off, see above
-    with pytest.raises(
-        ValueError, match=r"to_bayesian: the network is wrapped by torch\.compile.*before it is compiled"
-    ):
+    with pytest.raises(ValueError, match=r"the network is wrapped by torch\.compile.*before it is compiled"):
         vdo.to_bayesian(whole, vdo.LogUniform())
     with pytest.raises(ValueError, match=r"to_bayesian: '1' is wrapped by torch\.compile"):
         vdo.to_bayesian(part, vdo.LogUniform())
