@@ -195,6 +195,11 @@ def set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
     module._non_persistent_buffers_set.discard(name)
 
 
+def is_compiled_module(module: nn.Module) -> bool:
+    """True for what ``torch.compile`` wraps around a module."""
+    return "_orig_mod" in module._modules
+
+
 def get_buffer(module: nn.Module, name: str) -> Tensor:
     """The buffer behind a sampled attribute, where ``getattr`` would sample."""
     value = module._buffers[name]

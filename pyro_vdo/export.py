@@ -20,7 +20,7 @@ from pyro_vdo.compression.dependency import ExportError
 from pyro_vdo.compression.sparse_layers import sparsify
 from pyro_vdo.families.hierarchical import PriorScales
 from pyro_vdo.families.units import fold_unit_noise, unit_posteriors, unit_scales
-from pyro_vdo.modules import bayesian_weights, plain_class
+from pyro_vdo.modules import bayesian_weights, plain_class, with_padding
 
 FORMS = ("masked", "sparse", "compact", "compact+sparse")
 
@@ -254,6 +254,7 @@ def _make_plain(module: PyroModule, path: str, values: Values) -> None:
         like = module._buffers.pop(name, None)
         value = values[f"{path}.{name}" if path else name]
         value = value.detach().clone() if like is None else value.detach().to(like, copy=True)
+        value = value if like is None else with_padding(module, name, value, like)
         module._parameters[name] = nn.Parameter(value.contiguous())
     module._parameters.update({name: nn.Parameter(value) for name, value in constrained.items()})
     module._parameters.update(others)
@@ -384,4 +385,6 @@ def _by_name(sites: Mapping[str, str], values: Values) -> dict[str, Tensor]:
 
 def _assign(module: nn.Module, values: Values) -> None:
     for name, value in values.items():
-        module.get_parameter(name).copy_(value)
+        owner, _, attribute = name.rpartition(".")
+        param = module.get_parameter(name)
+        param.copy_(with_padding(module.get_submodule(owner), attribute, value, param))

@@ -307,7 +307,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         """The posterior of a site; parameters of subsampled plates are subsampled."""
         part = self._site(name)
         event_dim = site["infer"].get("vdo_event_dim", 0)
-        subsampled = any((frame.full_size or frame.size) != frame.size for frame in site["cond_indep_stack"])
+        plates = [self.plates[frame.name] for frame in site["cond_indep_stack"]]  # those of this call
+        subsampled = any(plate.subsample_size != plate.size for plate in plates)
 
         def read(attribute: str) -> Any:
             full_name = f"{self._pyro_name}.{name}.{attribute}"

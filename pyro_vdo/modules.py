@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.runtime import get_plates
@@ -50,7 +51,8 @@ def to_bayesian(
     """A copy of ``net`` whose weights are latent sites with a prior, to be called inside of a Pyro model.
 
     The copy is a ``PyroModule`` of the same structure and with the same ``state_dict`` keys (and those of scales that
-    are learned); the values of the converted weights stay in it as buffers, where guides start from them.
+    are learned); the values of the converted weights stay in it as buffers, where guides start from them. To run
+    it at weights of your own use ``poutine.condition``; ``torch.func.functional_call`` reaches these buffers alone.
 
     :param net: any module.
     :param prior: a prior over one weight, e.g. ``LogUniform()``, a :class:`HierarchicalNormal`, or a mapping to these
@@ -59,11 +61,12 @@ def to_bayesian(
         all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers).
     :param name: prefix of the site names, needed where one model calls several networks.
     :raises TypeError: if ``net`` is no module or ``prior`` no distribution.
-    :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), unknown names,
-        or a network without any weight to convert. ``net`` itself is left as it is.
+    :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), compiled
+        modules, unknown names, or a network without any weight to convert. ``net`` itself is left as it is.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"to_bayesian: net must be a torch.nn.Module, not {type(net).__name__}")
+    _refuse_compiled(net)
     priors = prior if isinstance(prior, Mapping) else {nn.Module: prior}
     for key, value in priors.items():
         if not isinstance(value, Distribution | HierarchicalNormal):
@@ -84,6 +87,16 @@ def to_bayesian(
             weight_prior.attach(bayesian.get_submodule(owner), attribute, net.get_parameter(full_name))
     _compat.set_root_name(bayesian, name)
     return bayesian  # type: ignore[no-any-return]
+
+
+def _refuse_compiled(net: nn.Module) -> None:
+    for path, module in net.named_modules():
+        if _compat.is_compiled_module(module):
+            raise ValueError(
+                f"to_bayesian: {repr(path) if path else 'the network'} is wrapped by torch.compile, which hides where "
+                "its weights are used. Convert the network before it is compiled; export gives one that is worth "
+                "compiling."
+            )
 
 
 def _convert(module: nn.Module, attribute: str, prior: Prior) -> None:
@@ -287,6 +300,33 @@ class BayesianNorm(BayesianModule):
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
+class PaddedEmbedding(nn.Embedding):
+    """What ``super().forward`` of an embedding is: the row at ``padding_idx``, which no data reaches, is a constant."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        """The layer's own, with the row that the network came with at ``padding_idx``."""
+        out = super().forward(index)
+        if self.padding_idx is None or "weight" not in _compat.sampled_names(self):  # type: ignore[arg-type]
+            return out
+        row = _compat.get_buffer(self, "weight")[self.padding_idx]
+        return torch.where((index == self.padding_idx).unsqueeze(-1), row, out)
+
+
+def padding_row(module: nn.Module, attribute: str) -> int | None:
+    """The row of a weight that is a constant, that of an embedding at ``padding_idx``; None where there is none."""
+    return module.padding_idx if isinstance(module, nn.Embedding) and attribute == "weight" else None
+
+
+def with_padding(module: nn.Module, attribute: str, value: Tensor, constant: Tensor) -> Tensor:
+    """``value`` of a weight, with the row of ``constant`` that is one."""
+    row = padding_row(module, attribute)
+    if row is None:
+        return value
+    value = value.clone()
+    value[row] = constant[row]
+    return value
+
+
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -297,14 +337,16 @@ def _bayesian_class(kind: type[nn.Module]) -> type[nn.Module]:
     if kind not in _CLASSES:
         plain = plain_class(kind)
         mixin = BayesianNorm if issubclass(kind, tuple(_NORM_LAYERS)) else BayesianModule
-        mixed = type(kind.__name__, (mixin, kind), {"__reduce__": _reduce, "_vdo_plain": plain})
+        last = (PaddedEmbedding,) if issubclass(kind, nn.Embedding) else ()  # below a forward of the user's
+        mixed = type(kind.__name__, (mixin, kind, *last), {"__reduce__": _reduce, "_vdo_plain": plain})
         _CLASSES[kind] = mixed
     return _CLASSES[kind]
 
 
 def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The ordinary class behind one that Pyro and this package have mixed into."""
-    return next(base for base in kind.__mro__ if not issubclass(base, PyroModule) or base is nn.Module)
+    bases = (base for base in kind.__mro__ if base is not PaddedEmbedding)
+    return next(base for base in bases if not issubclass(base, PyroModule) or base is nn.Module)
 
 
 def _reduce(self: nn.Module) -> Any:

@@ -356,6 +356,15 @@ def test_three_ways_of_a_linear_network() -> None:
     assert not torch.equal(found["average of samples"], found["unpruned mean"])
 
 
+def test_three_ways_leave_the_padding_row_of_an_embedding() -> None:
+    index = torch.zeros(4, 2, dtype=torch.long)
+    bayes, guide = bayesian(nn.Sequential(nn.Embedding(3, 2, padding_idx=0)), index)
+    result = predict_three_ways(
+        bayes, guide, [(index, torch.zeros(4))], lambda got, _: got.abs().max().item(), link=lambda out: out
+    )
+    assert result == {"pruned mean": 0.0, "unpruned mean": 0.0, "average of samples": 0.0}
+
+
 def test_three_ways_by_default_are_accuracies() -> None:
     bayes, guide = bayesian(convolutional(), images())
     x = images(40)

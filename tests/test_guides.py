@@ -208,6 +208,26 @@ def test_subsampled_parameters_get_gradients_at_their_points_alone() -> None:
     assert grad.nonzero().flatten().tolist() == [2, 7, 11]
 
 
+@pytest.mark.parametrize("kind", [vdo.AutoFactorizedNormal, vdo.AutoCorrelatedNormal])
+@pytest.mark.parametrize("train", [True, False])
+def test_setup_on_all_points_and_steps_on_some(kind: Any, train: bool) -> None:
+    data = torch.randn(20, 3)
+
+    def model(index: Tensor) -> None:
+        with pyro.plate("data", 20, subsample=index):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+            pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=data[index])
+
+    guide = kind(model, create_plates=lambda index: pyro.plate("data", 20, subsample=index)).setup(torch.arange(20))
+    guide.train(train)
+    for index in (torch.tensor([2, 7, 11]), torch.arange(20)):
+        guide.zero_grad()
+        Trace_ELBO()(model, guide)(index).backward()
+        grad = guide.get_parameter("sites.z.loc").grad
+        assert grad is not None
+        assert grad.any(-1).nonzero().flatten().tolist() == index.tolist()
+
+
 def test_conditioning_and_blocking() -> None:
     run = Setup()
     guide = vdo.AutoFactorizedNormal(poutine.block(run.model, hide=["2.weight"])).setup(X, Y)

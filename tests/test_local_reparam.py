@@ -159,6 +159,14 @@ class TestEmbedding(RuleContract):
         assert (loc.grad[[1, 2, 3, 5]] == 1).all()
         assert (loc.grad[4] == 0).all()
 
+    @pytest.mark.parametrize("padding_idx", [0, -6])
+    def test_padding_index_has_no_noise(self, padding_idx: int) -> None:
+        loc = torch.randn(6, 4)
+        out = F.embedding(TOKENS, undrawn(loc, torch.ones(6, 4)), padding_idx=padding_idx)
+        at = TOKENS == 0
+        assert torch.equal(out[at], loc[0].expand(2, 4))
+        assert (out[~at] != loc[TOKENS[~at]]).all()
+
     def test_max_norm_is_refused(self) -> None:
         w = undrawn(torch.zeros(6, 4), torch.ones(6, 4), "words.weight")
         with pytest.raises(ValueError, match=r"'words\.weight' has max_norm=1\.0.*without max_norm"):

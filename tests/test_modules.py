@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
@@ -147,6 +148,46 @@ def test_every_layer_of_the_list() -> None:
             assert torch.isfinite(param.grad).all()
         (weight,) = guide(x).values()
         assert isinstance(weight, GaussianWeight)
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, index: Tensor) -> Tensor:
+        return 2 * super().forward(index)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, ScaledEmbedding])
+@pytest.mark.parametrize("guide_kind", [vdo.AutoFactorizedNormal, AutoNormal])
+def test_the_padding_row_of_an_embedding_is_a_constant(kind: Any, guide_kind: Any) -> None:
+    plain, index = kind(5, 3, padding_idx=1), torch.tensor([[1, 2, 1], [3, 1, 4]])
+    with torch.no_grad():
+        plain.weight[1] = torch.tensor([0.5, -1.0, 2.0])
+    expected, at = plain(index).detach(), index == 1
+    net = vdo.to_bayesian(nn.Sequential(plain), dist.Normal(3.0, 1.0))
+
+    def model(index: Tensor) -> Tensor:
+        out = pyro.deterministic("out", net(index))
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Normal(out.sum((-2, -1)), 1.0), obs=torch.zeros(2))
+        return out
+
+    guide = guide_kind(model, init_scale=0.5)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(index)
+    for train in (True, False):
+        guide.train(train)
+        out = poutine.replay(model, poutine.trace(guide).get_trace(index))(index)
+        assert torch.equal(out[at], expected[at])
+        assert (out[~at] != expected[~at]).all()
+    for parallel in (False, True):
+        out = Predictive(model, guide=guide, num_samples=4, parallel=parallel)(index)["out"].reshape(4, 2, 3, 3)
+        assert torch.equal(out[:, at], expected[at].expand(4, 3, 3))
+        assert (out[0] != out[1]).any(-1).equal(~at)
+    if guide_kind is vdo.AutoFactorizedNormal:
+        exported = vdo.export(net, guide, "masked")
+        assert type(exported[0]) is kind
+        assert torch.equal(exported(index)[at], expected[at])
+    assert type(pickle.loads(pickle.dumps(net))[0]) is type(net[0])
 
 
 # --------------------------------------------------------------------------- refusals
@@ -384,3 +425,13 @@ def test_torch_compile_leaves_the_numbers_right() -> None:
         torch.testing.assert_close(compiled(X), plain(X))
     # Dynamo switches validation off and leaves it so.
     torch.distributions.Distribution.set_default_validate_args(validation)
+
+
+def test_compiled_networks_are_refused() -> None:
+    validation = torch.distributions.Distribution._validate_args
+    whole, part = torch.compile(nn.Linear(3, 2)), nn.Sequential(nn.ReLU(), torch.compile(nn.Linear(3, 2)))
+    torch.distributions.Distribution.set_default_validate_args(validation)  # Dynamo switches it off, see above
+    with pytest.raises(ValueError, match=r"the network is wrapped by torch\.compile.*before it is compiled"):
+        vdo.to_bayesian(whole, vdo.LogUniform())
+    with pytest.raises(ValueError, match=r"to_bayesian: '1' is wrapped by torch\.compile"):
+        vdo.to_bayesian(part, vdo.LogUniform())

@@ -101,6 +101,17 @@ def test_released_weights_take_no_memory_and_change_no_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected[1], strict=True))
 
 
+@pytest.mark.parametrize("padding", [0.0, 2.0])
+def test_release_leaves_a_padding_row_that_is_not_zero(padding: float) -> None:
+    plain = nn.Embedding(5, 3, padding_idx=1)
+    with torch.no_grad():
+        plain.weight[1] = padding
+    net = vdo.to_bayesian(nn.Sequential(plain), vdo.LogUniform())
+    vdo.release_pretrained(net)
+    assert (net.state_dict()["0.weight"][1] == padding).all()
+    assert (net.state_dict()["0.weight"].untyped_storage().nbytes() <= 4) == (padding == 0)
+
+
 def test_release_needs_a_converted_network() -> None:
     with pytest.raises(ValueError, match="no converted weight"):
         vdo.release_pretrained(nn.Linear(2, 2))

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -178,6 +178,35 @@ def test_samples_have_the_distribution(prior):
         p = 2 * float(mpmath.quad(lambda w: mpmath.exp(log_density(prior, w)), [0, 1e-5, 1e-3, bound]))
         share = (draws.abs() < bound).double().mean(0)
         assert (abs(share - p) < 5 * math.sqrt(p * (1 - p) / count) + 1e-9).all()
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("prior", [vdo.ScaleMixtureNormal(), vdo.Horseshoe()], ids=repr)
+def test_samples_have_the_dtype_of_the_network(prior, dtype, parallel):
+    net, x = vdo.to_bayesian(nn.Linear(6, 2).to(dtype), prior), torch.randn(5, 6, dtype=dtype)
+
+    def model(x):
+        out = net(x)
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(out, 1.0).to_event(1))
+
+    samples = Predictive(model, num_samples=3, parallel=parallel)(x)
+    assert samples["weight"].dtype == samples["y"].dtype == dtype
+    assert samples["weight"].unique().numel() > 6 * 2  # each of the three is drawn anew
+
+
+@pytest.mark.parametrize("prior", [vdo.ScaleMixtureNormal(), vdo.Horseshoe()], ids=repr)
+def test_a_site_hidden_from_the_guide_has_the_dtype_of_the_network(prior):
+    net = vdo.to_bayesian(nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 1)).double(), prior)
+
+    def model(x):
+        pyro.sample("y", dist.Normal(net(x), 1.0).to_event(2), obs=x[:, :1])
+
+    x = torch.randn(5, 6, dtype=torch.float64)
+    guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["1.weight"]))
+    with pytest.warns(UserWarning, match=r"not guide: \{'1\.weight'"):
+        assert Trace_ELBO().differentiable_loss(model, guide, x).dtype == torch.float64
 
 
 @pytest.mark.parametrize("prior", [*MIXTURES, vdo.EmpiricalBayesNormal("layer")], ids=repr)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_vdo.numerics import fused
 from pyro_vdo.priors import WeightPrior
 from pyro_vdo.special import EULER_GAMMA, LOG_SQRT_2PI
 
@@ -41,10 +42,16 @@ class NormalScaleMixture(WeightPrior):
         """Scales from the mixing distribution."""
         raise NotImplementedError
 
+    def _wide(self) -> Tensor:
+        """An empty tensor on the device of the weights, in their dtype or float32, as half precision cuts the tails."""
+        return torch.empty(0) if self.like is None else fused.widened(self.like.new_empty(0))
+
     def rsample(self, sample_shape: Any = ()) -> Tensor:  # type: ignore[override]
         """A scale, and a Normal of it."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self.draw_scale(shape) * torch.randn(shape)
+        scale = self.draw_scale(shape)
+        value = scale * torch.randn_like(scale)
+        return value if self.like is None else value.to(self.like)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """As :meth:`rsample`."""
@@ -77,7 +84,9 @@ class ScaleMixtureNormal(NormalScaleMixture):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ScaleMixtureNormal:
         """The prior over a tensor of shape ``batch_shape``."""
-        return ScaleMixtureNormal(self.scales, self.weights, batch_shape=torch.Size(batch_shape))
+        expanded = ScaleMixtureNormal(self.scales, self.weights, batch_shape=torch.Size(batch_shape))
+        expanded.like = self.like
+        return expanded
 
     def log_density_of_square(self, square: Tensor) -> Tensor:
         """log sum_k pi_k Normal(sqrt(square); 0, s_k^2)."""
@@ -89,8 +98,9 @@ class ScaleMixtureNormal(NormalScaleMixture):
 
     def draw_scale(self, shape: torch.Size) -> Tensor:
         """s_k with probability pi_k."""
-        chosen = torch.multinomial(torch.tensor(self.weights), shape.numel(), replacement=True)
-        return torch.tensor(self.scales)[chosen].reshape(shape)
+        wide = self._wide()
+        chosen = torch.multinomial(wide.new_tensor(self.weights), shape.numel(), replacement=True)
+        return wide.new_tensor(self.scales)[chosen].reshape(shape)
 
     def __repr__(self) -> str:
         return (
@@ -116,7 +126,9 @@ class Horseshoe(NormalScaleMixture):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Horseshoe:
         """The prior over a tensor of shape ``batch_shape``."""
-        return Horseshoe(self.scale, batch_shape=torch.Size(batch_shape))
+        expanded = Horseshoe(self.scale, batch_shape=torch.Size(batch_shape))
+        expanded.like = self.like
+        return expanded
 
     def log_density_of_square(self, square: Tensor) -> Tensor:
         """z + log E1(z) - log(scale sqrt(2 pi^3)); +inf at 0."""
@@ -126,7 +138,7 @@ class Horseshoe(NormalScaleMixture):
 
     def draw_scale(self, shape: torch.Size) -> Tensor:
         """scale * |Cauchy|."""
-        return self.scale * torch.tan(0.5 * math.pi * torch.rand(shape))
+        return self.scale * torch.tan(0.5 * math.pi * self._wide().new_empty(shape).uniform_())
 
     def __repr__(self) -> str:
         return f"Horseshoe(scale={self.scale}, batch_shape={tuple(self.batch_shape)})"

@@ -47,6 +47,8 @@ def embedding(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 
 def _lookup(index: Tensor, loc: Tensor, scale: Tensor, padding_idx: int | None) -> Tensor:
     mean, std = F.embedding(index, loc, padding_idx), F.embedding(index, scale, padding_idx)
+    if padding_idx is not None:  # no data reaches this row, whose noise nothing would train
+        std = std.masked_fill((index == padding_idx % loc.shape[0]).unsqueeze(-1), 0)
     # A token that a sequence repeats is one weight that meets one data point twice: both get the same noise.
     keys = index
     if index.dim():
