@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_vdo import __version__
-from pyro_vdo.relevance import THRESHOLD
+from pyro_vdo.relevance import THRESHOLD, checked_threshold
 from pyro_vdo.reports import _arviz
 from pyro_vdo.reports.draws import Sampler, evaluating
 from pyro_vdo.reports.labels import Array, Labels, Part, array_of, dataset, safe
@@ -113,7 +113,8 @@ class _Converter:
     """Gathers the groups of one result: ``choose`` the variables, then ``convert``."""
 
     def __init__(self, samplers: list[Sampler], arguments: Mapping[str, Any], labels: Labels, threshold: float) -> None:
-        self.samplers, self.arguments, self.labels, self.threshold = samplers, arguments, labels, threshold
+        self.samplers, self.arguments, self.labels = samplers, arguments, labels
+        self.threshold = checked_threshold(threshold)
         self.sites = samplers[0].sites
         for number, sampler in enumerate(samplers):
             if sampler.sites != self.sites:

@@ -56,6 +56,7 @@ def plot_log_alpha(
     :param axes: axes to draw on, one for each site.
     :returns: an array of axes, one for each site. Values beyond the range (inf for means of 0) are in the outer bars.
     """
+    relevance.checked_threshold(threshold)
     chosen = sites_of(guide, sites)
     values = {name: a.flatten().cpu().double().numpy() for name, a in relevance.log_alpha(chosen).items()}
     finite = np.concatenate([v[np.isfinite(v)] for v in values.values()])

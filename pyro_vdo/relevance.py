@@ -91,17 +91,25 @@ def masks(guide: Guide, threshold: float | Mapping[str, float] = THRESHOLD) -> d
     return {name: value < limits[name] for name, value in by_site.items()}
 
 
+def checked_threshold(value: float, what: str = "threshold") -> float:
+    """A threshold of log alpha.
+
+    :raises ValueError: for nan, below which no weight would be kept.
+    """
+    if math.isnan(value):
+        raise ValueError(f"{what} is nan; it must be a number, by default {THRESHOLD:g}")
+    return value
+
+
 def _thresholds(threshold: float | Mapping[str, float], sites: Iterable[str]) -> dict[str, float]:
     names = list(sites)
     given = threshold if isinstance(threshold, Mapping) else dict.fromkeys(names, threshold)
     unknown = sorted(given.keys() - set(names))
     if unknown:
         raise ValueError(f"threshold is given for {unknown}; the sites are {sorted(names)}")
-    limits = {name: float(given.get(name, THRESHOLD)) for name in names}
-    for name, value in limits.items():
-        if math.isnan(value):
-            raise ValueError(f"threshold for site '{name}' is nan; it must be a number, by default {THRESHOLD:g}")
-    return limits
+    return {
+        name: checked_threshold(float(given.get(name, THRESHOLD)), f"threshold for site '{name}'") for name in names
+    }
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pyro_vdo.loop.history import EarlyStop, History
 from pyro_vdo.loop.optimizers import Options
 from pyro_vdo.loop.resume import Settings
 from pyro_vdo.loop.run import Run
+from pyro_vdo.relevance import checked_threshold
 from pyro_vdo.schedules import Schedule
 
 
@@ -129,8 +130,7 @@ def _check(settings: Settings, guide: Any) -> None:
         value = getattr(settings, name)
         if int(value) != value or value < (0 if name == "epochs" else 1):
             raise ValueError(f"fit: {name} must be positive and whole, not {value}")
-    if settings.threshold != settings.threshold:
-        raise ValueError("fit: threshold is nan; weights with log alpha >= threshold count as zero")
+    checked_threshold(settings.threshold, "fit: threshold")
     if settings.resume not in (True, False, "auto"):
         raise ValueError(f"fit: resume must be True, False or 'auto', not {settings.resume!r}")
     if settings.resume is True and settings.checkpoint is None:

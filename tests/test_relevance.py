@@ -15,7 +15,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo import relevance
+from pyro_vdo import plots, relevance
 
 
 def guide_of(net: nn.Module, *args: Any, extra: bool = False) -> Any:
@@ -134,3 +134,19 @@ def test_a_net_tells_the_layouts_of_a_mapping() -> None:
 
 def test_threshold_default() -> None:
     assert relevance.THRESHOLD == 3.0
+
+
+def test_a_threshold_that_is_nan_is_refused_everywhere() -> None:
+    net = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform())
+
+    def model(x: Tensor) -> Tensor:
+        mean = net(x)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.zeros(len(x), 2))
+
+    guide = vdo.AutoFactorizedNormal(model).setup(torch.ones(4, 3))
+    for call in (vdo.summary, plots.plot_log_alpha, vdo.sparsity):
+        with pytest.raises(ValueError, match="is nan; it must be a number"):
+            call(guide, threshold=math.nan)
+    with pytest.raises(ValueError, match="threshold is nan"):
+        vdo.from_pyro_svi(model, guide, torch.ones(4, 3), num_samples=2, threshold=math.nan)

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor
 from torch.distributions import Normal, transforms
 
-from pyro_vdo.relevance import THRESHOLD
+from pyro_vdo.relevance import THRESHOLD, checked_threshold
 from pyro_vdo.reports import _arviz
 from pyro_vdo.reports.draws import Sampler, evaluating
 from pyro_vdo.reports.labels import array_of
@@ -67,7 +67,7 @@ def summary(
             q = sites[name]
             rows = _rows(q, interval)
             log_alpha = torch.full_like(rows[0], torch.nan) if q.log_alpha is None else q.log_alpha.to(rows[0])
-            kept = q.kept(threshold)
+            kept = q.kept(checked_threshold(threshold))
             kept = torch.ones_like(log_alpha, dtype=torch.bool) if kept is None else kept
             for column, values in zip(columns.values(), (*rows, log_alpha, kept), strict=True):
                 column.append(array_of(values.reshape(-1)))
