@@ -454,7 +454,7 @@ def is_tracing() -> bool:
 
 @functools.cache
 def _mkl_lacks_avx512() -> bool:
-    """True for AVX-512 processors of AMD, for which MKL has kernels of AVX2 alone."""
+    """True for AVX-512 processors of AMD, which MKL takes for processors without it."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
     try:

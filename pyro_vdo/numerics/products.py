@@ -1,7 +1,7 @@
 """Products of two matrices outside of autograd, by the faster of the libraries that torch has.
 
-torch multiplies float32 matrices with MKL, which has no AVX-512 kernels for processors of AMD; oneDNN, which torch
-uses for its convolutions, has. There a product takes half the time, with the same float32 arithmetic.
+torch multiplies float32 matrices with MKL, which does not use AVX-512 on processors of AMD; oneDNN, which torch has for
+its convolutions, does. There a product takes half the time, with the same float32 arithmetic.
 """
 
 from __future__ import annotations
