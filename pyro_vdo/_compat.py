@@ -352,7 +352,8 @@ def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., 
     validation = Distribution._validate_args
     try:
         with torch.no_grad():
-            graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="symbolic")(*args)  # no options
+            # A lambda, since make_fx wants a value for every argument, those with a default included.
+            graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="symbolic")(*args)
         compiled: Callable[..., Any] = torch.compile(graph.forward, dynamic=True, fullgraph=True)
         compiled(*args)
     except Exception:  # whatever the reason, there is another way
@@ -453,8 +454,8 @@ def is_tracing() -> bool:
 
 
 @functools.cache
-def _mkl_lacks_avx512() -> bool:
-    """True for AVX-512 processors of AMD, which MKL takes for processors without it."""
+def _onednn_beats_mkl() -> bool:
+    """True on AVX-512 processors of AMD, which MKL takes for processors without it, if oneDNN can be called."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
     try:
@@ -466,7 +467,7 @@ def _mkl_lacks_avx512() -> bool:
 
 def onednn_is_faster() -> bool:
     """Whether :func:`onednn_linear` exists, is not switched off (``torch.backends.mkldnn``) and beats ``F.linear``."""
-    return _mkl_lacks_avx512() and torch._C._get_mkldnn_enabled()
+    return _onednn_beats_mkl() and torch._C._get_mkldnn_enabled()
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

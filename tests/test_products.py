@@ -99,11 +99,11 @@ def test_it_is_for_processors_of_amd_with_avx512(monkeypatch, capability: str, v
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(Path, "read_text", lambda self: f"vendor_id\t: {vendor}\n")
-    _compat._mkl_lacks_avx512.cache_clear()
+    _compat._onednn_beats_mkl.cache_clear()
     try:
         assert _compat.onednn_is_faster() == (faster and torch.backends.mkldnn.is_available())
         torch.backends.mkldnn.set_flags(False)
         assert not _compat.onednn_is_faster()
     finally:
         torch.backends.mkldnn.set_flags(True)
-        _compat._mkl_lacks_avx512.cache_clear()
+        _compat._onednn_beats_mkl.cache_clear()

@@ -23,15 +23,15 @@ def draw(mean: Tensor, std: Tensor, shape: tuple[int, ...] | None = None) -> Ten
 
 
 def draw_with_slope(mean: Tensor, var: Tensor, shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """A draw of Normal(mean, var), and its derivative along ``var``, 0 where the variance is 0.
+    """A draw of Normal(mean, var), and twice its derivative along ``var``, 0 where the variance is 0.
 
     Outputs of convolutions are so large that new memory costs more than arithmetic; two tensors are made here.
     """
     std = var.clamp(min=0).sqrt_()
     noise = _standard_normal(mean, shape).mul_(std)
     out = std if std.shape == noise.shape else torch.empty_like(noise)
-    # eps / (2 std) = noise / (2 var)
-    slope = torch.div(noise, var, out=out).mul_(0.5).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    # d (std eps) / d var = eps / (2 std) = noise / (2 var)
+    slope = torch.div(noise, var, out=out).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     return noise.add_(mean), slope
 
 
@@ -58,7 +58,7 @@ class _NormalSample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         refuse_second_derivative()
-        var_grad = grad * ctx.saved_tensors[0] if ctx.needs_input_grad[1] else None
+        var_grad = (grad * ctx.saved_tensors[0]).mul_(0.5) if ctx.needs_input_grad[1] else None
         return grad if ctx.needs_input_grad[0] else None, var_grad
 
 

@@ -57,7 +57,7 @@ class _SampleLinear(Function):
         refuse_second_derivative()
         x, loc, kept, slope = ctx.saved_tensors
         need_x, need_loc, need_log_scale, _, need_bias, _, _ = ctx.needs_input_grad
-        along_var = grad * slope
+        along_var = grad * slope  # twice: the derivatives of x^2 and exp(2 log_scale) bring the factor 2
         moment_shape = (*x.shape[:-1], loc.shape[0])
         if grad.shape != moment_shape:  # particles that share the moments
             grad, along_var = grad.sum_to_size(moment_shape), along_var.sum_to_size(moment_shape)
@@ -65,12 +65,12 @@ class _SampleLinear(Function):
         variance = kept if ctx.keep_variance else None
         if need_x:
             variance = fused.constant_variance(kept) if variance is None else variance
-            dx = torch.addcmul(matmul(grad, loc), x, matmul(along_var, variance), value=2.0)
+            dx = torch.addcmul(matmul(grad, loc), x, matmul(along_var, variance))
         data, grad, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, grad, along_var))
         if need_loc:
             dloc = matmul(grad.mT, data)
-        if need_log_scale:  # d variance / d log_scale = 2 variance
-            dlog_scale = matmul((2.0 * along_var).mT, data * data)
+        if need_log_scale:
+            dlog_scale = matmul(along_var.mT, data * data)
             if variance is None:
                 _times_variance_(dlog_scale, kept)
             else:

@@ -24,17 +24,17 @@ def _is_dense(matrix: Tensor) -> bool:
     return (across == 1 and down >= columns) or (down == 1 and across >= rows)
 
 
-def _pays(a: Tensor, b: Tensor, out: int) -> bool:
-    """For matrices ``a``, (n, in), and ``b``, (in, out) or (out, in)."""
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    """For matrices (n, in) and (out, in)."""
     return (
-        a.numel() * out >= _SMALLEST
-        and a.dtype is torch.float32
-        and a.device.type == "cpu"
-        and max(a.numel(), b.numel(), a.shape[0] * out) < _LARGEST
+        x.numel() * weight.shape[0] >= _SMALLEST
+        and x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and max(x.numel(), weight.numel(), x.shape[0] * weight.shape[0]) < _LARGEST
         and not torch.is_grad_enabled()
         and _compat.onednn_is_faster()
-        and _is_dense(a)
-        and _is_dense(b)
+        and _is_dense(x)
+        and _is_dense(weight)
     )
 
 
@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     :param bias: (out,) or None.
     """
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if not _pays(flat, weight, weight.shape[0]):
+    if not _pays(flat, weight):
         return F.linear(x, weight, bias)
     return _compat.onednn_linear(flat, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
 
@@ -57,7 +57,4 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     :param a: (*batch, in).
     :param b: (in, out).
     """
-    flat = a if a.dim() == 2 else a.reshape(-1, a.shape[-1])
-    if not _pays(flat, b, b.shape[1]):
-        return a @ b
-    return _compat.onednn_linear(flat, b.mT, None).reshape(*a.shape[:-1], b.shape[1])
+    return linear(a, b.mT) if a.numel() * b.shape[1] >= _SMALLEST else a @ b

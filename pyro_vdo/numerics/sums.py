@@ -114,14 +114,14 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _kernel_sum(loc: Tensor, variance: Tensor) -> Tensor:
     fit = special._fit(loc.dtype)
-    total = None
+    total = loc.new_zeros(())
     for mean, var in zip(loc.unbind(0), variance.unbind(0), strict=True):
         t = mean * mean / var
         clamped = t.clamp(max=fit.limit**2)
         x = t * (special._horner(fit.value_num, clamped) / special._horner(fit.value_den, clamped))
         # (1 + x) (1 + y) = 1 + (x + x y + y): one logarithm for a column
-        total = x if total is None else total + total * x + x
-    return 0.5 * torch.log1p(total).sum()  # type: ignore[arg-type]
+        total = total + total * x + x
+    return 0.5 * torch.log1p(total).sum()
 
 
 def _kernel_gradient(
