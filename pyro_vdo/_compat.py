@@ -342,8 +342,21 @@ def is_transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a graph; on the CPU the code alone, as the checks before it take longer than a kernel.
+
+    Callers compile anew for another dtype, number of dimensions or of threads, and pass contiguous tensors.
+    """
+    if inputs[0].device.type != "cpu":
+        return torch.compile(graph.forward, dynamic=True, fullgraph=True)
+    from torch._inductor.compile_fx import compile_fx  # late, as it takes a second
+
+    compiled: Any = compile_fx(graph, inputs)
+    return compiled  # type: ignore[no-any-return]
+
+
 def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., Any] | None:
-    """``torch.compile`` of ``function`` after a first call; None where that fails, for want of a compiler say.
+    """``function`` of tensors, compiled, after a first call; None where that fails, for want of a compiler say.
 
     Python numbers become part of the compiled code, for the dtypes of ``args``; left to itself ``torch.compile`` makes
     each an argument. The first compilation in a process switches the validation of all distributions off, which is
@@ -354,8 +367,9 @@ def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., 
         with torch.no_grad():
             # A lambda, since make_fx wants a value for every argument, those with a default included.
             graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="symbolic")(*args)
-        compiled: Callable[..., Any] = torch.compile(graph.forward, dynamic=True, fullgraph=True)
-        compiled(*args)
+            symbolic = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+            compiled = compile_graph(graph, symbolic)
+            compiled(*args)
     except Exception:  # whatever the reason, there is another way
         return None
     finally:

@@ -155,12 +155,12 @@ def _is_plain(*tensors: Tensor) -> bool:
 
 
 class use_compiled:  # noqa: N801 - reads like a function, as torch.no_grad does
-    """Let ``torch.compile`` fuse the log-uniform KL of large tensors; off until called.
+    """Let ``torch.compile`` fuse the log-uniform KL; off until called.
 
-    Call it, ``use_compiled()``, or write ``with use_compiled():``. It concerns tensors of 2**18 elements
-    and more that need a gradient. The first of them on each kind of device compiles (seconds to tens of
-    seconds, once for all sizes); where that fails, for want of a C++ compiler or of Triton, the ordinary
-    kernels go on silently.
+    Call it, ``use_compiled()``, or write ``with use_compiled():``. It concerns whole weights of 64 elements and more
+    in a step, and other tensors of 2**18 elements and more that need a gradient. The first of them on each device
+    compiles (seconds to tens of seconds, once for all sizes); where that fails, for want of a C++ compiler or of
+    Triton, the ordinary kernels go on silently.
     """
 
     enabled = False
@@ -177,13 +177,13 @@ class use_compiled:  # noqa: N801 - reads like a function, as torch.no_grad does
         use_compiled.enabled = self._before
 
 
-# One kernel for each kind of device and dtype; None where compiling failed.
-_compiled: dict[tuple[str, torch.dtype], Callable[..., tuple[Tensor, Tensor, Tensor]] | None] = {}
+# One kernel for each device, dtype and number of threads; None where compiling failed.
+_compiled: dict[tuple[torch.device, torch.dtype, int], Callable[..., tuple[Tensor, Tensor, Tensor]] | None] = {}
 
 
 def _compiled_terms(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    flat = loc.detach().reshape(-1), scale.detach().reshape(-1)
-    key = loc.device.type, loc.dtype
+    flat = loc.detach().reshape(-1).contiguous(), scale.detach().reshape(-1).contiguous()
+    key = loc.device, loc.dtype, torch.get_num_threads()
     if key not in _compiled:
         _compiled[key] = _compat.compiled_or_none(_composed_terms, *flat)
     kernel = _compiled[key]

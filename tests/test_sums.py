@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 import pyro_vdo as vdo
-from pyro_vdo import special
+from pyro_vdo import _compat, special
 from pyro_vdo.numerics import fused, sums
 from pyro_vdo.numerics.sums import log_uniform_sums
 from tests.one_step import loss_and_gradients, program
@@ -37,7 +38,7 @@ def test_fused_and_composed_steps_agree(
     elbo = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
     monkeypatch.setattr(fused, "_LARGE", 1 if large else 2**40)
     # A kernel stands in for its compiled self: what a compiler makes of it is the compiler's matter.
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(_compat, "compile_graph", lambda graph, _: graph.forward)
     monkeypatch.setattr(sums, "_compiled", {})
     monkeypatch.setattr(sums, "_SMALLEST_COMPILED", 1)
     with vdo.use_compiled(compiled):
@@ -78,3 +79,23 @@ def test_second_derivatives() -> None:
 
     assert torch.autograd.gradcheck(kl, (loc, log_scale))
     assert torch.autograd.gradgradcheck(kl, (loc, log_scale))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_compiled_kernels_agree_with_the_others_for_any_number_of_elements(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sums, "_compiled", {})
+    for size in (70, 1000, 2**17):
+        loc = torch.linspace(-2, 3, size, dtype=dtype, requires_grad=True)
+        log_scale = torch.linspace(-4, 2, size, dtype=dtype, requires_grad=True)
+        results = []
+        for compiled in (False, True):
+            with vdo.use_compiled(compiled):
+                kl, law = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))  # type: ignore[misc]
+                results.append((kl, law, *torch.autograd.grad(kl + 0.5 * law, (loc, log_scale))))
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    assert None not in sums._compiled.values()
+    assert len(sums._compiled) == 3  # the gradient; the sum of one row, for 70 elements, and of four

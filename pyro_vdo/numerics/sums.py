@@ -21,8 +21,10 @@ from pyro_vdo.numerics import fused
 
 # Up to here the number of calls costs more than the arithmetic.
 _SHORT = 2**13
-# Below this a call of a compiled kernel costs more than it saves.
-_SMALLEST_COMPILED = 2**14
+# Compiled kernels are for any number of elements in a row but 1.
+_SMALLEST_COMPILED = 2**6
+# Elements in a row while compiling: so many that a kernel divides them among the threads.
+_EXAMPLE = 2**16
 
 
 @functools.cache
@@ -48,8 +50,8 @@ def _quotient(num: tuple[float, ...], den: tuple[float, ...], t: Tensor, pair: T
     return pair[0], pair[1]
 
 
-def _chunked_sum(loc: Tensor, variance: Tensor) -> Tensor:
-    """Sum of the KL on the CPU; not finite where t overflows."""
+def _chunked_sum(loc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the KL on the CPU, not finite where t overflows, and the smallest variance."""
     fit = special._fit(loc.dtype)
     loc, variance = loc.reshape(-1), variance.reshape(-1)
     size, parts = fused.chunks(len(loc))
@@ -63,7 +65,7 @@ def _chunked_sum(loc: Tensor, variance: Tensor) -> Tensor:
         torch.clamp(t, max=fit.limit**2, out=clamped)
         num, den = _quotient(fit.value_num, fit.value_den, clamped, pair[:, :count])
         sums.append(t.mul_(num).div_(den).log1p_().sum())
-    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) * 0.5
+    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) * 0.5, variance.amin()
 
 
 def _chunked_gradient(
@@ -112,7 +114,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(4 if tensor.numel() % 4 == 0 else 1, -1)
 
 
-def _kernel_sum(loc: Tensor, variance: Tensor) -> Tensor:
+def _kernel_sum(loc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     fit = special._fit(loc.dtype)
     total = loc.new_zeros(())
     for mean, var in zip(loc.unbind(0), variance.unbind(0), strict=True):
@@ -121,7 +123,7 @@ def _kernel_sum(loc: Tensor, variance: Tensor) -> Tensor:
         x = t * (special._horner(fit.value_num, clamped) / special._horner(fit.value_den, clamped))
         # (1 + x) (1 + y) = 1 + (x + x y + y): one logarithm for a column
         total = total + total * x + x
-    return 0.5 * torch.log1p(total).sum()
+    return 0.5 * torch.log1p(total).sum(), variance.amin()
 
 
 def _kernel_gradient(
@@ -144,9 +146,12 @@ def _best(chunked: Callable[..., Any], kernel: Callable[..., Any], *args: Tensor
     """``kernel(*args)``, compiled where that is wanted, possible and worth it; else ``chunked(*args)``."""
     if not special.use_compiled.enabled or args[0].numel() < _SMALLEST_COMPILED:
         return chunked(*args, **options)
-    key = kernel.__name__, args[0].device, args[0].dtype, args[0].shape[:-1], *options.values()
+    args = tuple(x.contiguous() for x in args)
+    first, threads = args[0], torch.get_num_threads()
+    key = kernel.__name__, first.device, first.dtype, first.shape[:-1], threads, *options.values()
     if key not in _compiled:
-        _compiled[key] = _compat.compiled_or_none(functools.partial(kernel, **options), *args)
+        examples = (x if x.numel() == 1 else x.new_ones(*x.shape[:-1], _EXAMPLE) for x in args)
+        _compiled[key] = _compat.compiled_or_none(functools.partial(kernel, **options), *examples)
     compiled = _compiled[key]
     return chunked(*args, **options) if compiled is None else compiled(*args)
 
@@ -154,9 +159,8 @@ def _best(chunked: Callable[..., Any], kernel: Callable[..., Any], *args: Tensor
 def _sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, bool]:
     """KL, sum of log_scale, and whether t can be had from the variance without over- and underflow."""
     if loc.device.type == "cpu" and loc.numel() > 0:  # nothing to wait for on the CPU
-        total = _best(_chunked_sum, _kernel_sum, _rows(loc), _rows(variance))
-        tiny = 0.5 * math.log(torch.finfo(loc.dtype).tiny)
-        if math.isfinite(total.item()) and log_scale.amin().item() > tiny:
+        total, smallest = _best(_chunked_sum, _kernel_sum, _rows(loc), _rows(variance))
+        if math.isfinite(total.item()) and smallest.item() >= torch.finfo(loc.dtype).tiny:
             return total, log_scale.sum(), True
     return *_best(_composed_sum, _composed_sum, loc.reshape(-1), log_scale.reshape(-1)), False
 
@@ -176,8 +180,8 @@ class _LogUniformSums(Function):
         loc, log_scale, variance = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of this derivative is wanted
             return *_differentiable_gradient(loc, log_scale, along_kl, along_log_scale), None
-        zero = loc.new_zeros(())
-        weights = [zero if x is None else x for x in (along_kl, along_log_scale)]
+        # Of one dimension: inductor takes a float64 of none for a Python number, which it cannot leave open.
+        weights = [loc.new_zeros(1) if x is None else x.reshape(1) for x in (along_kl, along_log_scale)]
         if not ctx.by_variance:
             flat = _best(_composed_gradient, _composed_gradient, loc.reshape(-1), log_scale.reshape(-1), *weights)
         else:
