@@ -52,10 +52,12 @@ def pareto_k(idata: Any, *, proper: bool | None = None) -> ParetoK:
 
     :param idata: the result of ``from_pyro_svi``.
     :param proper: replace improper priors, see the head of this module; by default where there are any.
-    :raises ValueError: for less than 25 draws, or ``proper=True`` where no prior is improper.
+    :raises ValueError: for less than 25 draws, predictions without data, or ``proper=True`` where no prior is improper.
     """
     stats = _arviz.group(idata, "sample_stats")
     has_stand_in = "log_weight_proper" in stats
+    if "log_weight" not in stats:
+        raise ValueError("pareto_k: these are predictions without data; give from_pyro_svi the observed data, too")
     if proper and not has_stand_in:
         raise ValueError("pareto_k: no prior of this model is improper, so that log_weight needs no stand-in")
     use = has_stand_in if proper is None else proper
@@ -134,7 +136,7 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
     :param probabilities: of shape (n, classes), rows summing to 1; averages over draws, if there are draws.
     :param labels: the right classes, of shape (n,).
     :param bins: bins of equal width in (0, 1].
-    :raises ValueError: for shapes that do not fit or rows that are no probabilities.
+    :raises ValueError: for shapes that do not fit, rows that are no probabilities, or labels that are no classes.
     """
     p, y = _as_array(probabilities), _as_array(labels).astype(int)
     if p.ndim != 2 or y.shape != p.shape[:1]:
@@ -142,6 +144,11 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
             f"calibration: probabilities have shape {p.shape}, labels {y.shape}; need (n, classes) and (n,)"
         )
     _check_probabilities(p)
+    if y.min() < 0 or y.max() >= p.shape[1]:
+        raise ValueError(
+            f"calibration: labels lie between {y.min()} and {y.max()}, classes between 0 and {p.shape[1] - 1}; count "
+            "classes from 0, and leave points without a label out"
+        )
     confidence, right = p.max(1), p.argmax(1) == y
     edges = np.linspace(0, 1, bins + 1)
     where = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, bins - 1)

@@ -132,6 +132,15 @@ def test_loo_is_corrected_for_a_guide_that_is_off() -> None:
     assert abs(elpd(plain) - case.exact()) > 1.5 * bound
 
 
+def test_predictions_without_data_have_no_k_hat() -> None:
+    def model(y: torch.Tensor | None = None) -> None:
+        pyro.sample("y", dist.Normal(pyro.sample("w", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    guide = vdo.AutoFactorizedNormal(model).setup(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="predictions without data; give from_pyro_svi the observed data"):
+        vdo.diagnostics.pareto_k(vdo.from_pyro_svi(model, guide, num_samples=30))
+
+
 def test_loo_names_what_is_missing() -> None:
     case = Conjugate(draws=100)
     with pytest.raises(ValueError, match="no likelihood of 'z'"):
@@ -158,6 +167,9 @@ def test_calibration_error_of_known_predictions() -> None:
         diagnostics.calibration(np.array([[2.0, -1.0]]), [0])
     with pytest.raises(ValueError, match="shape"):
         diagnostics.calibration(probabilities, [0])
+    for wrong in (labels + 1, np.where(labels == 1, -100, 0)):
+        with pytest.raises(ValueError, match="classes between 0 and 1; count classes from 0"):
+            diagnostics.calibration(probabilities, wrong)
 
 
 def test_calibrated_predictions_have_little_error() -> None:
