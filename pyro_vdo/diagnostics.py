@@ -73,6 +73,9 @@ def pareto_k(idata: Any, *, proper: bool | None = None) -> ParetoK:
 def loo(idata: Any, *, var_name: str | None = None, correct: bool = False) -> Any:
     """PSIS leave-one-out cross-validation by ArviZ; to be compared by ``az.compare``.
 
+    Points that ``poutine.mask`` hides have a log likelihood of 0 and still count as data points, in the standard error
+    as well; leave them out by ``from_pyro_svi(..., sel={"data": shown})``, with the dimension and labels of those seen.
+
     :param idata: the result of ``from_pyro_svi``.
     :param var_name: the observed site, where there are several.
     :param correct: carry the draws over from q to the posterior as well (Magnusson et al. 2019), with the weights of
