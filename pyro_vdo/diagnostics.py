@@ -75,6 +75,8 @@ def loo(idata: Any, *, var_name: str | None = None, correct: bool = False) -> An
 
     Points that ``poutine.mask`` hides have a log likelihood of 0 and still count as data points, in the standard error
     as well; leave them out by ``from_pyro_svi(..., sel={"data": shown})``, with the dimension and labels of those seen.
+    A point whose likelihood is the same in nearly all draws, as that of a classifier that is sure to the last bit, has
+    no tail: ArviZ gives it the k-hat inf, although its value is right.
 
     :param idata: the result of ``from_pyro_svi``.
     :param var_name: the observed site, where there are several.
@@ -85,17 +87,22 @@ def loo(idata: Any, *, var_name: str | None = None, correct: bool = False) -> An
     :raises ValueError: if there is no likelihood, or several and no ``var_name``.
     """
     likelihood = _arviz.group(idata, "log_likelihood")
-    names = [str(name) for name in likelihood.data_vars]
-    if var_name is None and len(names) != 1:
-        raise ValueError(f"loo: give var_name, one of {names}")
-    name = names[0] if var_name is None else var_name
-    if name not in names:
-        raise ValueError(f"loo: no likelihood of '{name}'; there are {names}")
+    name = _chosen("loo", "likelihood", likelihood, var_name)
     if not correct:
         return _arviz.loo(idata, name)
     stats = _arviz.group(idata, "sample_stats")
     weight = stats["log_weight_proper" if "log_weight_proper" in stats else "log_weight"]
     return _arviz.loo_approximate(idata, likelihood[name], weight + stats["log_q"], stats["log_q"], name)
+
+
+def _chosen(function: str, what: str, group: xr.Dataset, var_name: str | None) -> str:
+    names = [str(name) for name in group.data_vars]
+    if var_name is None and len(names) != 1:
+        raise ValueError(f"{function}: give var_name, one of {names}")
+    name = names[0] if var_name is None else var_name
+    if name not in names:
+        raise ValueError(f"{function}: no {what} of '{name}'; there are {names}")
+    return name
 
 
 # --------------------------------------------------------------------------- probabilities of classes
@@ -108,13 +115,19 @@ def class_probabilities(idata: Any, *, var_name: str | None = None, num_classes:
     where that is too coarse.
 
     :returns: an array of dimensions (..., ``class``).
+    :raises ValueError: for several predicted sites without ``var_name``, no integers, or too few classes.
     """
     group = _arviz.group(idata, "posterior_predictive")
-    name = str(next(iter(group.data_vars))) if var_name is None else var_name
+    name = _chosen("class_probabilities", "prediction", group, var_name)
     values = group[name]
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"class_probabilities: '{name}' has dtype {values.dtype}, not the numbers of classes")
-    count = int(values.max()) + 1 if num_classes is None else num_classes
+    largest = int(values.max())
+    count = largest + 1 if num_classes is None else num_classes
+    if largest >= count:
+        raise ValueError(
+            f"class_probabilities: '{name}' has the class {largest}; give num_classes={largest + 1} or more"
+        )
     shares = [(values == i).mean(("chain", "draw")) for i in range(count)]
     return xr.concat(shares, dim="class").transpose(..., "class")
 

@@ -219,6 +219,23 @@ def test_class_probabilities_are_shares_of_the_predictions() -> None:
     assert (np.abs(found.values - p.numpy()) < SIGMAS * (p * (1 - p) / draws).sqrt().numpy()).all()
     with pytest.raises(ValueError, match="float"):
         diagnostics.class_probabilities(Conjugate(draws=30).idata)
+    with pytest.raises(ValueError, match="'y' has the class 2; give num_classes=3 or more"):
+        diagnostics.class_probabilities(idata, num_classes=2)
+    with pytest.raises(ValueError, match="no prediction of 'z'"):
+        diagnostics.class_probabilities(idata, var_name="z")
+
+
+def test_class_probabilities_of_several_sites_need_a_name() -> None:
+    def model(first: torch.Tensor, second: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("first", dist.Categorical(logits=w * torch.ones(3)), obs=first)
+        pyro.sample("second", dist.Categorical(logits=w * torch.ones(4)), obs=second)
+
+    data = torch.tensor(0), torch.tensor(3)
+    idata = vdo.from_pyro_svi(model, vdo.AutoFactorizedNormal(model), *data, num_samples=30)
+    with pytest.raises(ValueError, match=r"class_probabilities: give var_name, one of \['first', 'second'\]"):
+        diagnostics.class_probabilities(idata)
+    assert diagnostics.class_probabilities(idata, var_name="second", num_classes=4).sizes == {"class": 4}
 
 
 # --------------------------------------------------------------------------- sparse regression
