@@ -24,7 +24,8 @@ class LocalPredictive:
     layer, above all) is computed once: a linear one for all samples, others for those of a chunk. The samples of each
     data point have the distribution that drawn weights give them, wherever local reparameterization is exact; but each
     data point has its own draw of the weights, so that what concerns several points at once (a sum over a batch,
-    correlations) needs ``Predictive``.
+    correlations) needs ``Predictive``. Samples are dimensions on the left, as with ``Predictive(parallel=True)``: write
+    ``nn.Flatten(-3)`` for ``nn.Flatten()``, and put the data into a plate.
 
     :param model: a Pyro model.
     :param guide: its guide.
