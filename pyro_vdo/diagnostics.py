@@ -52,10 +52,12 @@ def pareto_k(idata: Any, *, proper: bool | None = None) -> ParetoK:
 
     :param idata: the result of ``from_pyro_svi``.
     :param proper: replace improper priors, see the head of this module; by default where there are any.
-    :raises ValueError: for less than 25 draws, or ``proper=True`` where no prior is improper.
+    :raises ValueError: for less than 25 draws, predictions without data, or ``proper=True`` where no prior is improper.
     """
     stats = _arviz.group(idata, "sample_stats")
     has_stand_in = "log_weight_proper" in stats
+    if "log_weight" not in stats:
+        raise ValueError("pareto_k: these are predictions without data; give from_pyro_svi the observed data, too")
     if proper and not has_stand_in:
         raise ValueError("pareto_k: no prior of this model is improper, so that log_weight needs no stand-in")
     use = has_stand_in if proper is None else proper
@@ -71,6 +73,11 @@ def pareto_k(idata: Any, *, proper: bool | None = None) -> ParetoK:
 def loo(idata: Any, *, var_name: str | None = None, correct: bool = False) -> Any:
     """PSIS leave-one-out cross-validation by ArviZ; to be compared by ``az.compare``.
 
+    Points that ``poutine.mask`` hides have a log likelihood of 0 and still count as data points, in the standard error
+    as well; leave them out by ``from_pyro_svi(..., sel={"data": shown})``, with the dimension and labels of those seen.
+    A point whose likelihood is the same in nearly all draws, as that of a classifier that is sure to the last bit, has
+    no tail: ArviZ gives it the k-hat inf, although its value is right.
+
     :param idata: the result of ``from_pyro_svi``.
     :param var_name: the observed site, where there are several.
     :param correct: carry the draws over from q to the posterior as well (Magnusson et al. 2019), with the weights of
@@ -80,17 +87,22 @@ def loo(idata: Any, *, var_name: str | None = None, correct: bool = False) -> An
     :raises ValueError: if there is no likelihood, or several and no ``var_name``.
     """
     likelihood = _arviz.group(idata, "log_likelihood")
-    names = [str(name) for name in likelihood.data_vars]
-    if var_name is None and len(names) != 1:
-        raise ValueError(f"loo: give var_name, one of {names}")
-    name = names[0] if var_name is None else var_name
-    if name not in names:
-        raise ValueError(f"loo: no likelihood of '{name}'; there are {names}")
+    name = _chosen("loo", "likelihood", likelihood, var_name)
     if not correct:
         return _arviz.loo(idata, name)
     stats = _arviz.group(idata, "sample_stats")
     weight = stats["log_weight_proper" if "log_weight_proper" in stats else "log_weight"]
     return _arviz.loo_approximate(idata, likelihood[name], weight + stats["log_q"], stats["log_q"], name)
+
+
+def _chosen(function: str, what: str, group: xr.Dataset, var_name: str | None) -> str:
+    names = [str(name) for name in group.data_vars]
+    if var_name is None and len(names) != 1:
+        raise ValueError(f"{function}: give var_name, one of {names}")
+    name = names[0] if var_name is None else var_name
+    if name not in names:
+        raise ValueError(f"{function}: no {what} of '{name}'; there are {names}")
+    return name
 
 
 # --------------------------------------------------------------------------- probabilities of classes
@@ -103,13 +115,19 @@ def class_probabilities(idata: Any, *, var_name: str | None = None, num_classes:
     where that is too coarse.
 
     :returns: an array of dimensions (..., ``class``).
+    :raises ValueError: for several predicted sites without ``var_name``, no integers, or too few classes.
     """
     group = _arviz.group(idata, "posterior_predictive")
-    name = str(next(iter(group.data_vars))) if var_name is None else var_name
+    name = _chosen("class_probabilities", "prediction", group, var_name)
     values = group[name]
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"class_probabilities: '{name}' has dtype {values.dtype}, not the numbers of classes")
-    count = int(values.max()) + 1 if num_classes is None else num_classes
+    largest = int(values.max())
+    count = largest + 1 if num_classes is None else num_classes
+    if largest >= count:
+        raise ValueError(
+            f"class_probabilities: '{name}' has the class {largest}; give num_classes={largest + 1} or more"
+        )
     shares = [(values == i).mean(("chain", "draw")) for i in range(count)]
     return xr.concat(shares, dim="class").transpose(..., "class")
 
@@ -134,7 +152,7 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
     :param probabilities: of shape (n, classes), rows summing to 1; averages over draws, if there are draws.
     :param labels: the right classes, of shape (n,).
     :param bins: bins of equal width in (0, 1].
-    :raises ValueError: for shapes that do not fit or rows that are no probabilities.
+    :raises ValueError: for shapes that do not fit, rows that are no probabilities, or labels that are no classes.
     """
     p, y = _as_array(probabilities), _as_array(labels).astype(int)
     if p.ndim != 2 or y.shape != p.shape[:1]:
@@ -142,6 +160,11 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
             f"calibration: probabilities have shape {p.shape}, labels {y.shape}; need (n, classes) and (n,)"
         )
     _check_probabilities(p)
+    if y.min() < 0 or y.max() >= p.shape[1]:
+        raise ValueError(
+            f"calibration: labels lie between {y.min()} and {y.max()}, classes between 0 and {p.shape[1] - 1}; count "
+            "classes from 0, and leave points without a label out"
+        )
     confidence, right = p.max(1), p.argmax(1) == y
     edges = np.linspace(0, 1, bins + 1)
     where = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, bins - 1)

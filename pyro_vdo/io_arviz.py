@@ -50,10 +50,11 @@ def from_pyro_svi(
 
     Groups: ``posterior`` (latent and deterministic sites), ``posterior_predictive``, ``log_likelihood`` (by data point,
     not scaled by subsampling), ``observed_data``, ``constant_data``, ``sample_stats`` and ``variational``.
-    ``sample_stats`` has ``lp`` = log p(data, latent) and ``log_q``, scaled by plates as in the ELBO, and ``log_weight``
-    = lp - log_q. Where a prior is improper (``LogUniform``, ``EmpiricalBayesNormal`` at real numbers), lp lacks a
-    meaningful constant and has poles at w = 0; ``log_weight_proper`` then takes N(0, mu^2 + sigma^2), the best Normal
-    prior for this posterior (Kharitonov et al. 2018), in its place. ``variational`` has ``<site>_loc``,
+    ``sample_stats`` has ``lp`` = log p(data, latent) and ``log_q``, scaled by plates as in the ELBO, and, unless the
+    model only predicts, ``log_weight`` = lp - log_q. Where a prior is improper (``LogUniform``,
+    ``EmpiricalBayesNormal`` at real numbers), lp lacks a meaningful constant and has poles at w = 0;
+    ``log_weight_proper`` then takes N(0, mu^2 + sigma^2), the best Normal prior for this posterior (Kharitonov et al.
+    2018), in its place. ``variational`` has ``<site>_loc``,
     ``<site>_scale`` and, for real-valued sites, ``<site>_log_alpha`` and ``<site>_kept`` (constrained sites: in
     unconstrained space), or the parameters of the guide where it is not mean-field.
 
@@ -71,7 +72,8 @@ def from_pyro_svi(
     :param sel: labels to select by dimension, as in ``xarray.Dataset.sel``, e.g. ``{"0.weight_in": [3, 7]}``.
     :param kept_only: only the weights with log alpha < threshold (in any chain), in one dimension ``<site>_kept``.
     :param thin: store every ``thin``-th draw of the posterior group; the other groups keep all draws.
-    :param constant_data: True for the array arguments of the model that are not observed, or a mapping of arrays.
+    :param constant_data: True for the array arguments of the model that are not observed, or a mapping of tensors or
+        of what numpy makes arrays of.
     :param coords: labels by dimension. Weights of a network have dimensions like ``0.weight_out``, ``0.weight_in``.
     :param dims: names of the dimensions of a site: all, or the event dimensions only.
     :param vectorize: draw many at once; by default where a trial agrees with single draws.
@@ -213,16 +215,18 @@ class _Converter:
     ) -> Iterator[tuple[str, tuple[str, ...], Array, Mapping[str, Any]]]:
         if constant_data is False:
             return
-        arguments = self.arguments if constant_data is True else constant_data
-        observed = [site.value for site in self.sites.values() if site.value is not None]
-        plates = {size: dim for p in self.observed.values() for dim, size in zip(p.dims, p.shape, strict=True)}
-        for name, value in arguments.items():
-            if not isinstance(value, (Tensor, np.ndarray)) or _is_one_of(value, observed):
-                continue
-            tensor = torch.as_tensor(value)
-            frames = {0: plates[len(tensor)]} if tensor.dim() and len(tensor) in plates else {}
-            part = self.labels.part(Site(name, "", tuple(tensor.shape), tuple(tensor.shape), tensor.dtype, frames))
-            yield safe(name), part.dims, part.take(tensor[None])[0].copy(), part.coords
+        constants = self.arguments if constant_data is True else constant_data
+        if constant_data is True:
+            observed = [site.value for site in self.sites.values() if site.value is not None]
+            arrays = {n: value for n, value in constants.items() if isinstance(value, (Tensor, np.ndarray))}
+            constants = {name: value for name, value in arrays.items() if not _is_one_of(value, observed)}
+        data = [site for site in self.sites.values() if site.kind in ("observed", "predicted")]
+        plates = {n: dim for site in data for dim, n in zip(self.labels.dims_of(site), site.shape, strict=True)}
+        for name, value in constants.items():
+            array = array_of(value) if isinstance(value, Tensor) else np.asarray(value)
+            frames = {0: plates[len(array)]} if array.ndim and len(array) in plates else {}
+            part = self.labels.part(Site(name, "", array.shape, array.shape, torch.float64, frames))
+            yield safe(name), part.dims, part.take(array[None])[0].copy(), part.coords
 
     # ----------------------------------------------------------------- drawing
 
@@ -266,7 +270,11 @@ class _Converter:
         stats["log_weight_proper"][chain, start:stop] = (batch.proper - batch.log_q).cpu().numpy()
 
     def _dtype(self, group: str, name: str) -> Any:
-        dtype = self.samplers[0].dtypes[name] if group == "log_likelihood" else self.sites[name].dtype
+        dtype = self.sites[name].dtype
+        if group == "log_likelihood":
+            dtype = self.samplers[0].dtypes[name]
+        elif group == "posterior_predictive":
+            dtype = self.samplers[0].predicted_dtype(name)
         return array_of(torch.empty((), dtype=dtype)).dtype
 
     # ----------------------------------------------------------------- memory
@@ -321,9 +329,11 @@ class _Converter:
         return value.expand(self.sites[name].shape)
 
     def _sample_stats(self, stats: Any, coords: Mapping[str, Array]) -> xr.Dataset:
-        stats["log_weight"] = stats["lp"] - stats["log_q"]
         if not any(sampler.improper for sampler in self.samplers):
             del stats["log_weight_proper"]
+        stats["log_weight"] = stats["lp"] - stats["log_q"]
+        if self.samplers[0].only_predicts:  # there is no posterior to weigh the draws for
+            stats = {name: stats[name] for name in ("lp", "log_q")}
         return dataset((name, _SAMPLES, values, coords) for name, values in stats.items())
 
 

@@ -9,7 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vdo import _compat
 from pyro_vdo.numerics.moments import REMEMBERED, Moments
@@ -24,7 +24,8 @@ class LocalPredictive:
     layer, above all) is computed once: a linear one for all samples, others for those of a chunk. The samples of each
     data point have the distribution that drawn weights give them, wherever local reparameterization is exact; but each
     data point has its own draw of the weights, so that what concerns several points at once (a sum over a batch,
-    correlations) needs ``Predictive``.
+    correlations) needs ``Predictive``. Samples are dimensions on the left, as with ``Predictive(parallel=True)``: write
+    ``nn.Flatten(-3)`` for ``nn.Flatten()``, and put the data into a plate.
 
     :param model: a Pyro model.
     :param guide: its guide.
@@ -33,7 +34,8 @@ class LocalPredictive:
         guide. ``"_RETURN"`` is what the model returns.
     :param chunk_size: how many samples at once; memory grows with it.
     :param max_plate_nesting: number of batch dimensions of the model; found out by default.
-    :raises ValueError: unless ``num_samples`` and ``chunk_size`` are positive.
+    :raises ValueError: unless ``num_samples`` and ``chunk_size`` are positive; when called, for sites that do not exist
+        or whose shape shows that the model takes no batches of samples.
     """
 
     def __init__(
@@ -60,38 +62,40 @@ class LocalPredictive:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples by site, of shape (num_samples, *shape of the site); arguments as for the model, without data."""
-        training = self.guide.training
-        self.guide.train()
+        modes = [(m, m.training) for m in self.guide.modules()] if isinstance(self.guide, nn.Module) else []
         token = REMEMBERED.set(Moments())
         try:
-            nesting = self.max_plate_nesting
+            for module, _ in modes:
+                module.training = True
+            single, nesting = None, self.max_plate_nesting
             if nesting is None:
-                nesting = self._nesting(*args, **kwargs)
+                single = self._traces(*args, **kwargs)
+                nesting = self._nesting(*single)
             parts = []
             for start in range(0, self.num_samples, self.chunk_size):
                 size = min(self.chunk_size, self.num_samples - start)
-                parts.append(self._chunk(size, nesting, *args, **kwargs))
+                with pyro.plate(_PLATE, size, dim=-1 - nesting):
+                    traces = self._traces(*args, **kwargs)
+                nodes = {name: traces[1].nodes[name] for name in self._names(*traces)}
+                if single is None and not all(map(_is_sampled, nodes.values())):
+                    single = self._traces(*args, **kwargs)
+                parts.append({name: self._value(name, node, single, size, nesting) for name, node in nodes.items()})
         finally:
             REMEMBERED.reset(token)
-            self.guide.train(training)
+            for module, training in modes:
+                module.training = training
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _traces(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
         return guide_trace, poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args, **kwargs)
 
-    def _nesting(self, *args: Any, **kwargs: Any) -> int:
-        frames = [
-            frame
-            for trace in self._traces(*args, **kwargs)
-            for site in trace.nodes.values()
-            for frame in site.get("cond_indep_stack", ())
-        ]
+    @staticmethod
+    def _nesting(*traces: Any) -> int:
+        frames = [frame for t in traces for site in t.nodes.values() for frame in site.get("cond_indep_stack", ())]
         return max((-frame.dim for frame in frames if frame.dim is not None), default=0)
 
-    def _chunk(self, size: int, nesting: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        with pyro.plate(_PLATE, size, dim=-1 - nesting):
-            guide_trace, trace = self._traces(*args, **kwargs)
+    def _names(self, guide_trace: Any, trace: Any) -> tuple[str, ...]:
         names = self.return_sites
         if names is None:
             names = tuple(
@@ -102,21 +106,35 @@ class LocalPredictive:
         unknown = [name for name in names if name not in trace]
         if unknown:
             raise ValueError(f"LocalPredictive: the model has no sites {unknown}; it has {list(trace.nodes)}")
-        return {name: self._value(trace.nodes[name], size, nesting) for name in names}
+        return names
 
     @staticmethod
-    def _value(site: Any, size: int, nesting: int) -> Tensor:
-        """The value with the samples in front and no dimensions of plates that the site is not in."""
-        value: Tensor = site["value"]
-        if site["type"] == "sample":
-            event_dim = len(site["fn"].event_shape)
+    def _value(name: str, site: Any, single: Any, size: int, nesting: int) -> Tensor:
+        """The value with the samples in front and no dimensions that only make room for plates."""
+        value = site["value"]
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"LocalPredictive: '{name}' is of type {type(value).__name__}, not a tensor; name sites with tensors "
+                "in return_sites (pyro.deterministic makes one of any tensor)"
+            )
+        if _is_sampled(site):
             own = max((-frame.dim for frame in site["cond_indep_stack"] if frame.name != _PLATE), default=0)
-            if value.dim() < nesting + 1 + event_dim:  # no draw has touched it
-                return value.expand(size, *value.shape)
             return value.expand(size, *value.shape[1:]).reshape(size, *value.shape[1 + nesting - own :])
-        if value.dim() < nesting + 1 or value.shape[0] != size:
-            return value.expand(size, *value.shape)
-        return value
+        shape = single[1].nodes[name]["value"].shape  # only a single pass tells which dimensions are its own
+        if value.numel() == size * shape.numel():
+            return value.reshape(size, *shape)
+        if value.numel() == shape.numel():  # no draw has touched it
+            return value.reshape(shape).expand(size, *shape)
+        raise ValueError(
+            f"LocalPredictive: '{name}' has shape {tuple(shape)} in a single pass and {tuple(value.shape)} with {size} "
+            "samples at once. Let the model take dimensions of samples on the left (count dimensions from the right, "
+            "as in x.mean(-1)), or take Predictive(model, guide=guide, num_samples=...)."
+        )
+
+
+def _is_sampled(site: Any) -> bool:
+    """Whether the plate of samples has given the value its dimension: not where it was computed or observed."""
+    return site["type"] == "sample" and not site["is_observed"]
 
 
 _compat.PREDICTING.add(LocalPredictive._traces.__code__)

@@ -60,6 +60,8 @@ class Prunable:
                     f"keep: the mask of '{name}' is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool "
                     f"of shape {tuple(part.loc.shape)}"
                 )
+        for name, mask in masks.items():
+            part = self._site(name)
             with torch.inference_mode(False):  # or training could not go on with the mask
                 mask = mask.to(part.loc.device)
                 part.kept = mask.clone() if part.kept is None else part.kept & mask

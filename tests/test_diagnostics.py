@@ -132,6 +132,15 @@ def test_loo_is_corrected_for_a_guide_that_is_off() -> None:
     assert abs(elpd(plain) - case.exact()) > 1.5 * bound
 
 
+def test_predictions_without_data_have_no_k_hat() -> None:
+    def model(y: torch.Tensor | None = None) -> None:
+        pyro.sample("y", dist.Normal(pyro.sample("w", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    guide = vdo.AutoFactorizedNormal(model).setup(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="predictions without data; give from_pyro_svi the observed data"):
+        vdo.diagnostics.pareto_k(vdo.from_pyro_svi(model, guide, num_samples=30))
+
+
 def test_loo_names_what_is_missing() -> None:
     case = Conjugate(draws=100)
     with pytest.raises(ValueError, match="no likelihood of 'z'"):
@@ -158,6 +167,9 @@ def test_calibration_error_of_known_predictions() -> None:
         diagnostics.calibration(np.array([[2.0, -1.0]]), [0])
     with pytest.raises(ValueError, match="shape"):
         diagnostics.calibration(probabilities, [0])
+    for wrong in (labels + 1, np.where(labels == 1, -100, 0)):
+        with pytest.raises(ValueError, match="classes between 0 and 1; count classes from 0"):
+            diagnostics.calibration(probabilities, wrong)
 
 
 def test_calibrated_predictions_have_little_error() -> None:
@@ -207,6 +219,23 @@ def test_class_probabilities_are_shares_of_the_predictions() -> None:
     assert (np.abs(found.values - p.numpy()) < SIGMAS * (p * (1 - p) / draws).sqrt().numpy()).all()
     with pytest.raises(ValueError, match="float"):
         diagnostics.class_probabilities(Conjugate(draws=30).idata)
+    with pytest.raises(ValueError, match="'y' has the class 2; give num_classes=3 or more"):
+        diagnostics.class_probabilities(idata, num_classes=2)
+    with pytest.raises(ValueError, match="no prediction of 'z'"):
+        diagnostics.class_probabilities(idata, var_name="z")
+
+
+def test_class_probabilities_of_several_sites_need_a_name() -> None:
+    def model(first: torch.Tensor, second: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("first", dist.Categorical(logits=w * torch.ones(3)), obs=first)
+        pyro.sample("second", dist.Categorical(logits=w * torch.ones(4)), obs=second)
+
+    data = torch.tensor(0), torch.tensor(3)
+    idata = vdo.from_pyro_svi(model, vdo.AutoFactorizedNormal(model), *data, num_samples=30)
+    with pytest.raises(ValueError, match=r"class_probabilities: give var_name, one of \['first', 'second'\]"):
+        diagnostics.class_probabilities(idata)
+    assert diagnostics.class_probabilities(idata, var_name="second", num_classes=4).sizes == {"class": 4}
 
 
 # --------------------------------------------------------------------------- sparse regression

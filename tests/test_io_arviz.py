@@ -280,6 +280,74 @@ def test_improper_priors_get_a_proper_stand_in() -> None:
     assert "log_weight_proper" not in group(from_pyro_svi(case.model, normal_guide, case.x, case.y), "sample_stats")
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_the_proper_stand_in_is_scaled_and_masked_as_the_prior(vectorize: bool) -> None:
+    x, shown = torch.randn(6, 3), torch.tensor([True, False, True])
+
+    def model(x: torch.Tensor, full: int = 6) -> None:
+        with pyro.plate("groups", full, subsample_size=3, dim=-2) as at, pyro.poutine.mask(mask=shown[:, None]):
+            w = pyro.sample("w", vdo.LogUniform().expand([3, 1]))
+        with pyro.plate("some", 3, dim=-2), pyro.plate("data", 3, dim=-1):
+            pyro.sample("y", dist.Normal(w, 0.3), obs=x[at])
+
+    plates = vdo.AutoFactorizedNormal(
+        model, init_scale=0.2, create_plates=lambda x: pyro.plate("groups", 6, subsample_size=3, dim=-2)
+    )
+    plates.setup(x)
+    idata = from_pyro_svi(model, plates, x, num_samples=9, vectorize=vectorize, kept_only=True, threshold=99.0)
+    w = torch.as_tensor(group(idata, "posterior")["w"].values[0]).double()
+    q, stats = plates.posteriors()["w"], group(idata, "sample_stats")
+    np.testing.assert_allclose(group(idata, "variational")["w_loc"].values[0], q.loc[:3])
+    loc, scale = q.loc[:3, 0].double(), q.scale[:3, 0].double()
+    log_q = 2 * torch.distributions.Normal(loc, scale).log_prob(w).sum(-1)  # of 6 groups, 3 are seen
+    np.testing.assert_allclose(stats["log_q"].values[0], log_q, rtol=1e-4, atol=1e-3)
+    proper = torch.distributions.Normal(0.0, (loc.square() + scale.square()).sqrt())
+    difference = 2 * (proper.log_prob(w) - vdo.LogUniform().log_prob(w))[:, shown].sum(-1)
+    got = (stats["log_weight_proper"] - stats["log_weight"]).values[0]
+    np.testing.assert_allclose(got, difference, rtol=1e-4, atol=1e-3)
+
+
+def test_integers_that_a_normal_predicts_are_not_cut_off() -> None:
+    x, counts = torch.randn(30), torch.arange(30) % 5
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x + 0.5, 0.2), obs=y)
+
+    idata = from_pyro_svi(model, vdo.AutoFactorizedNormal(model), x, counts, num_samples=4)
+    predicted = group(idata, "posterior_predictive")["y"]
+    assert predicted.dtype == np.float32
+    assert (predicted != predicted.round()).all()
+    assert group(idata, "observed_data")["y"].dtype == np.int64
+
+
+def test_predictions_without_data_have_no_weights() -> None:
+    case = Regression()
+    stats = group(from_pyro_svi(case.model, normal_guide, case.x, num_samples=30, seed=0), "sample_stats")
+    posterior = group(from_pyro_svi(case.model, normal_guide, case.x, num_samples=30, seed=0), "posterior")
+    expected = case.log_prior(posterior["b"].values[0], posterior["w"].values[0])
+    np.testing.assert_allclose(stats["lp"].values[0], expected, rtol=1e-4, atol=1e-3)
+    assert set(stats.data_vars) == {"lp", "log_q"}
+
+
+def test_a_factor_that_adds_up_draws_is_not_trusted_beside_much_data() -> None:
+    x = torch.randn(5000)
+    y = 2 * x + torch.randn(5000)
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.factor("lasso", -w.abs().sum())
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    guide = vdo.AutoFactorizedNormal(model, init_loc_fn=autoguide.init_to_value(values={"w": torch.tensor(2.0)}))
+    idata = from_pyro_svi(model, guide, x, y, num_samples=4)
+    w = group(idata, "posterior")["w"].values[0].astype(float)
+    expected = st.norm(w[:, None] * x.numpy(), 1).logpdf(y).sum(-1) + st.norm.logpdf(w) - np.abs(w)
+    np.testing.assert_allclose(group(idata, "sample_stats")["lp"].values[0], expected, atol=0.05)
+
+
 def test_pruned_weights_are_zero_in_every_draw_and_have_no_density() -> None:
     model, guide, x, y = network(init_scale=0.2)
     mask = torch.arange(20).reshape(5, 4) % 2 == 0
@@ -363,6 +431,22 @@ def test_plates_events_and_users_name_dimensions() -> None:
     assert posterior["e"].dims == ("chain", "draw", "school", "axis")
     assert posterior["v"].dims == ("chain", "draw", "side")
     assert group(idata, "log_likelihood")["y"].dims == ("chain", "draw", "pupil", "school")
+
+
+def test_constants_follow_the_selection_and_need_not_be_numbers() -> None:
+    model, guide, x, y = network()
+    names = np.array([f"p{i}" for i in range(30)])
+    options: dict[str, Any] = {"num_samples": 2, "coords": {"data": names}}
+    idata = from_pyro_svi(model, guide, x, y, sel={"data": ["p3", "p1"]}, **options)
+    constants = group(idata, "constant_data")["x"]
+    np.testing.assert_array_equal(constants, x[[3, 1]])
+    assert list(constants["data"].values) == ["p3", "p1"]
+    given = {"names": names, "numbers": list(range(30)), "as_observed": y}
+    constants = group(from_pyro_svi(model, guide, x, y, constant_data=given, **options), "constant_data")
+    assert {name: values.dims for name, values in constants.items()} == dict.fromkeys(given, ("data",))
+    np.testing.assert_array_equal(constants["names"], names)
+    np.testing.assert_array_equal(constants["numbers"], np.arange(30))
+    assert group(from_pyro_svi(model, guide, x, num_samples=2), "constant_data")["x"].dims[0] == "data"
 
 
 def test_constrained_sites_are_on_their_support() -> None:

@@ -139,6 +139,9 @@ def test_patch_of_a_matrix(dense: Any) -> None:
     assert plots.plot_patch(dense, size=100)[0].images[0].get_array().shape == (12, 16)
     with pytest.raises(ValueError, match="no site"):
         plots.plot_patch(dense, site="5.weight")
+    for corner in ((12, 0), (0, -1)):
+        with pytest.raises(ValueError, match=r"the corner .* has no part of a matrix \(12, 16\)"):
+            plots.plot_patch(dense, corner=corner)
 
 
 def test_pruned_weights_are_grey_whatever_their_threshold(dense: Any) -> None:

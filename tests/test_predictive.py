@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
+
 import pyro
+import pyro.distributions as dist
+import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Predictive
 from torch import nn
 
@@ -70,3 +76,57 @@ def test_local_predictions_have_the_distribution_of_drawn_weights() -> None:
     pooled = (frequencies[0] + frequencies[1]) / 2
     bound = 5 * (2 * pooled * (1 - pooled) / count).sqrt() + 3 / count
     assert bool(((frequencies[0] - frequencies[1]).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("plates", [1, 2])
+@pytest.mark.parametrize("nesting", [None, 2])
+def test_deterministic_sites_and_returned_values_have_the_shapes_of_predictive(
+    plates: int, nesting: int | None
+) -> None:
+    torch.manual_seed(0)
+    net, x = vdo.to_bayesian(nn.Linear(3, 4), vdo.LogUniform()), torch.randn(5, 3)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2 * offset)
+        pyro.deterministic("fixed", x)
+        logits = pyro.deterministic("logits", net(x) + offset[..., None])
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("copy", 2, dim=-2) if plates == 2 else nullcontext():
+            pyro.sample("y", dist.Categorical(logits=logits))
+        return logits
+
+    guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"]), init_scale=0.1).setup(x)
+    sites = ["twice", "fixed", "logits", "_RETURN"]
+    local = vdo.LocalPredictive(model, guide, 20, return_sites=sites, max_plate_nesting=nesting)(x)
+    assert {name: tuple(value.shape) for name, value in local.items()} == {
+        "twice": (20,), "fixed": (20, 5, 3), "logits": (20, 5, 4), "_RETURN": (20, 5, 4)}  # fmt: skip
+    assert torch.equal(local["logits"], local["_RETURN"])
+    assert len(torch.unique(local["twice"])) == len(torch.unique(local["logits"][:, 0, 0])) == 20
+    by_default = vdo.LocalPredictive(model, guide, 20)(x)
+    assert by_default["logits"].shape == (20, 5, 4)
+
+
+def test_functions_are_guides_and_modes_are_left_as_found() -> None:
+    model, guide, x, _ = program(layers=1)
+    assert vdo.LocalPredictive(model, lambda *args: guide(*args), 3)(x)["y"].shape == (3, len(x))
+    guide.eval()
+    guide.sites.train()
+    vdo.LocalPredictive(model, guide, 3)(x)
+    assert not guide.training
+    assert guide.sites.training
+
+
+def test_models_that_take_no_batches_of_samples_and_values_that_are_no_tensors_are_refused() -> None:
+    net, x = vdo.to_bayesian(nn.Linear(3, 4), vdo.LogUniform()), torch.randn(5, 3)
+
+    def model(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mean": pyro.deterministic("mean", net(x).mean(0))}
+
+    guide = vdo.AutoFactorizedNormal(model).setup(x)
+    for sites, message in (
+        (["mean"], "'mean' has shape (4,) in a single pass and (5, 4) with 3 samples at once. Let the model"),
+        (["_RETURN"], "'_RETURN' is of type dict, not a tensor"),
+        (["means"], "the model has no sites ['means']"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            vdo.LocalPredictive(model, guide, 3, return_sites=sites, max_plate_nesting=1)(x)

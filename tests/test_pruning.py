@@ -169,6 +169,10 @@ def test_bad_masks_and_thresholds() -> None:
         problem.guide.keep({"0.weight": torch.ones(8, 12)})
     with pytest.raises(ValueError, match=r"of shape \(12, 8\)"):
         problem.guide.keep({"0.weight": torch.ones(12, 8, dtype=torch.bool)})
+    none = torch.zeros(8, 12, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no site that can be pruned"):
+        problem.guide.keep({"0.weight": none, "9.weight": none})
+    assert problem.guide.keep({})["0.weight"].any()  # a call that fails prunes nothing
     with pytest.raises(ValueError, match="nan"):
         problem.guide.prune(math.nan)
     with pytest.raises(RuntimeError, match="setup"):

@@ -142,6 +142,14 @@ def test_sites_whose_elements_mix_come_from_draws() -> None:
     assert (np.abs(inside - 0.9) < SIGMAS * np.sqrt(0.09 * (1 / draws + 1 / 10_000)) + 1e-2).all()
 
 
+def test_mappings_hold_normals() -> None:
+    q = dist.Normal(torch.tensor([1.0, -2.0]), torch.tensor([0.1, 0.3]))
+    table = vdo.summary({"w": q.to_event(1)}, prob=0.8)
+    np.testing.assert_allclose(table.iloc[:, :2], [[1.0, 0.1], [-2.0, 0.3]], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"of a mapping must be Normal, not \{'v': 'LogNormal'\}"):
+        vdo.summary({"w": q, "v": dist.LogNormal(0.0, 1.0)})
+
+
 def test_noise_on_units_has_its_own_family() -> None:
     prior = TruncatedLogUniform()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -90,7 +91,8 @@ def _alike(together: Tensor, alone: Tensor) -> bool:
         return True
     largest = alone.abs().nan_to_num(0.0, 0.0, 0.0).max()
     spread = (alone.amax(0) - alone.amin(0)).nan_to_num(0.0, 0.0, 0.0)
-    close = (together - alone).abs() <= 0.01 * spread + 10 * torch.finfo(alone.dtype).eps * largest
+    rounding = max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps)  # sums have terms in float32
+    close = (together - alone).abs() <= 0.01 * spread + 10 * rounding * largest
     return bool((close | (together == alone) | (together.isnan() & alone.isnan())).all())
 
 
@@ -133,6 +135,12 @@ class Sampler:
             model_trace.compute_log_prob(lambda name, _: name in observed)
             #: of the log likelihoods, which need not be that of the data
             self.dtypes = {name: model_trace.nodes[name]["unscaled_log_prob"].dtype for name in observed}
+            self._laws = {name: model_trace.nodes[name]["fn"] for name in observed}
+            #: whether data are predicted and none observed, be it by a factor
+            self.only_predicts = any(site.kind == "predicted" for site in self.sites.values()) and not any(
+                n["type"] == "sample" and n["is_observed"] and not n["infer"].get("_deterministic")
+                for n in model_trace.nodes.values()
+            )
             self.parameters = site_parameters(guide, guide_trace, model_trace)
             self.guide_params = guide_params(guide_trace)
             self._plate_dim = -1 - plate_nesting(guide_trace, model_trace)
@@ -144,6 +152,10 @@ class Sampler:
                 and isinstance(getattr(self.parameters.get(name), "law", None), Normal)
             ]
             self.vectorized = self._can_vectorize() if vectorize is None else vectorize
+
+    def predicted_dtype(self, name: str) -> torch.dtype:
+        """The dtype of predictions: real numbers may have been observed as integers."""
+        return self._laws[name].sample().dtype if name in self._laws else self.sites[name].dtype
 
     # ----------------------------------------------------------------- passes
 
@@ -199,10 +211,9 @@ class Sampler:
         passes = [self._run(model, None, _Insert(values)) for values in self._singles(trace, size)]
         alone = [self._collect(guide_trace, single, None, computed) for single in passes]
         pairs = [(together.log_likelihood[n], torch.cat([b.log_likelihood[n] for b in alone])) for n in self.dtypes]
-        pairs.append((together.log_p, torch.cat([b.log_p for b in alone])))
-        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs) and all(
-            _alike(together.values[name], torch.cat([b.values[name] for b in alone])) for name in computed
-        )
+        values = [(together.values[name], torch.cat([b.values[name] for b in alone])) for name in computed]
+        values.append((together.log_p, torch.cat([b.log_p for b in alone])))
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs) and all(_alike(*v) for v in values)
 
     def _singles(self, trace: Any, size: int) -> list[dict[str, Tensor]]:
         """What a pass with several draws has sampled, one dict for each of them."""
@@ -289,7 +300,8 @@ class Sampler:
         """
         total = torch.zeros(size or 1, dtype=torch.float64)
         for name, site in trace.nodes.items():
-            if site["type"] == "sample" and not site_is_subsample(site):
+            predicted = name in self.sites and self.sites[name].kind == "predicted"
+            if site["type"] == "sample" and not site_is_subsample(site) and not predicted:
                 own = instead is None or name not in instead
                 total = total + (self._sum(site["log_prob"], size) if own else instead[name]).to(total)  # type: ignore[index]
         return total
@@ -301,16 +313,16 @@ class Sampler:
         return leading.double().sum(-1).expand(size)
 
     def _proper(self, model_trace: Any, size: int | None) -> dict[str, Tensor]:
-        """log N(w; 0, mu^2 + sigma^2) for each draw of the sites with an improper prior."""
+        """log N(w; 0, mu^2 + sigma^2) for each draw of the sites with an improper prior, scaled and masked as these."""
         result = {}
         for name in self.improper:
-            site, q = self.sites[name], self.parameters[name]
-            value = self._drawn(model_trace.nodes[name]["value"], site, size).as_subclass(Tensor)
-            scale = (q.loc.square() + q.scale.square()).sqrt().expand(site.shape)
-            log_prob = Normal(0.0, scale, validate_args=False).log_prob(value)
+            node, q = model_trace.nodes[name], self.parameters[name]
+            scale = (q.loc.square() + q.scale.square()).sqrt()
+            log_prob = Normal(0.0, scale, validate_args=False).log_prob(node["value"].as_subclass(Tensor))
             if q.pruned is not None:
                 log_prob = log_prob.masked_fill(q.pruned, 0.0)
-            result[name] = log_prob.reshape(len(value), -1).double().sum(1)
+            log_prob = sum_rightmost(log_prob, node["fn"].event_dim).expand(node["log_prob"].shape)
+            result[name] = self._sum(scale_and_mask(log_prob, node["scale"], node["mask"]), size)
         return result
 
 

@@ -160,6 +160,7 @@ def plot_patch(
     :param corner: first row and column; by default the patch is in the middle of the matrix.
     :param threshold: weights with log alpha >= threshold are pruned (grey).
     :param axes: two axes to draw on.
+    :raises ValueError: for a corner outside of the matrix.
     """
     name, means, kept = weights_of(guide, site, threshold, (2,))
     rows, columns = patch_of(means.shape, size, corner)
@@ -174,6 +175,8 @@ def patch_of(shape: Sequence[int], size: int, corner: tuple[int, int] | None) ->
     if len(shape) != 2:
         raise ValueError(f"a patch needs a matrix (out, in), not the shape {tuple(shape)}")
     first = corner or tuple(max(0, (n - size) // 2) for n in shape)
+    if size < 1 or not all(0 <= f < n for f, n in zip(first, shape, strict=True)):
+        raise ValueError(f"a patch of size {size} with the corner {first} has no part of a matrix {tuple(shape)}")
     rows, columns = (slice(f, min(f + size, n)) for f, n in zip(first, shape, strict=True))
     return rows, columns
 

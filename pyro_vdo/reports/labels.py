@@ -38,9 +38,9 @@ class Part:
     index: tuple[Array, ...] | None  # positions in each dimension, None for all
     flat: Array | None = None  # positions in the flattened site (kept weights)
 
-    def take(self, values: Tensor) -> Array:
+    def take(self, values: Tensor | Array) -> Array:
         """The selected elements of ``values`` of shape (n, *site shape), as (n, *part shape)."""
-        array = array_of(values)
+        array = array_of(values) if isinstance(values, Tensor) else values
         if self.flat is not None:
             kept: Array = array.reshape(len(array), -1)[:, self.flat]
             return kept

@@ -138,7 +138,7 @@ def site_parameters(guide: Any, guide_trace: Any, model_trace: Any) -> dict[str,
     for name, node in model_trace.nodes.items():
         if node["type"] != "sample" or node["is_observed"] or name not in guide_trace.nodes:
             continue
-        if name in own:
+        if name in own and own[name].loc.numel() == node["value"].numel():  # else a plate subsamples: those of the pass
             result[name] = own[name]
             continue
         transform = None

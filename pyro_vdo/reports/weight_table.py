@@ -17,7 +17,7 @@ from pyro_vdo.relevance import THRESHOLD, checked_threshold
 from pyro_vdo.reports import _arviz
 from pyro_vdo.reports.draws import Sampler, evaluating
 from pyro_vdo.reports.labels import array_of
-from pyro_vdo.reports.sites import SiteParameters, normal_parameters, own_parameters
+from pyro_vdo.reports.sites import SiteParameters, normal_parameters, own_parameters, unwrapped
 
 _NODES = 64  # of the quadrature: moments of polynomials up to degree 127 are exact
 _DRAWS = 10_000
@@ -42,7 +42,8 @@ def summary(
     the transform; where the transform mixes elements (simplex, Cholesky factor), from 10,000 draws. Their ``log_alpha``
     is NaN, and they are kept.
 
-    :param guide: a guide of this package, or with ``model`` and ``args`` any that is mean-field Normal.
+    :param guide: a guide of this package, a mapping from sites to Normals, or with ``model`` and ``args`` any that is
+        mean-field Normal.
     :param args: arguments of model and guide, needed for other guides only.
     :param model: the model, needed for guides that are plain functions.
     :param var_names: sites to list; all by default.
@@ -79,7 +80,11 @@ def _parameters(
     guide: Any, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, SiteParameters]:
     if isinstance(guide, Mapping):
-        return {name: normal_parameters(q) for name, q in guide.items()}
+        laws = {name: unwrapped(q) for name, q in guide.items()}
+        wrong = {name: type(law).__name__ for name, law in laws.items() if not isinstance(law, Normal)}
+        if wrong:
+            raise ValueError(f"summary: the distributions of a mapping must be Normal, not {wrong}")
+        return {name: normal_parameters(law) for name, law in laws.items()}
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
     if all(hasattr(part, "site_posterior") for part in parts):
         return own_parameters(guide)
