@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import math
 from pathlib import Path
@@ -46,10 +47,13 @@ def find_idx(directory: Path, name: str) -> Path:
     raise FileNotFoundError(f"'{directory}' has no {name} or {name}.gz")
 
 
+@functools.cache
 def _openml() -> dict[str, np.ndarray]:
     from sklearn.datasets import fetch_openml  # an optional dependency, and a download of 15 MB
 
-    images, labels = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False)
+    # The parser by pandas, faster, fails for labels that look like numbers (scikit-learn 1.9.1 with pandas 3.1.1).
+    options = {"return_X_y": True, "as_frame": False, "parser": "liac-arff"}
+    images, labels = fetch_openml("mnist_784", version=1, **options)
     images, labels = images.astype(np.uint8).reshape(-1, 28, 28), labels.astype(np.uint8)
     parts = {"train_images": images[:60000], "train_labels": labels[:60000]}
     return parts | {"test_images": images[60000:], "test_labels": labels[60000:]}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -46,6 +48,48 @@ def digits_as_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_idx(folder / f"{name}-images{infix}idx3-ubyte{suffix}", images, zipped)
         write_idx(folder / f"{name}-labels{infix}idx1-ubyte{suffix}", labels, zipped)
     return folder
+
+
+class Answer(io.BytesIO):
+    """What urlopen returns."""
+
+    def info(self) -> dict[str, str]:
+        return {}
+
+
+def test_mnist_from_openml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scikit-learn's own parser reads it; only the answers of the server are made here, in its format."""
+    images, labels = np.random.RandomState(0).randint(256, size=(3, 784)), [7, 0, 7]
+    head = [*(f"@ATTRIBUTE pixel{i + 1} real" for i in range(784)), "@ATTRIBUTE class {0,7}", "@DATA"]
+    rows = [",".join(map(str, [*image, label])) for image, label in zip(images, labels, strict=True)]
+    arff = "\n".join(["@RELATION mnist_784", *head, *rows]).encode()
+    column = {"is_target": "false", "is_ignore": "false", "is_row_identifier": "false", "number_of_missing_values": "0"}
+    columns = [{"index": str(i), "name": f"pixel{i + 1}", "data_type": "numeric", **column} for i in range(784)]
+    target = {"index": "784", "name": "class", "data_type": "nominal", **column, "is_target": "true"}
+    data = {"id": "554", "name": "mnist_784", "version": "1", "description": "", "format": "ARFF", "status": "active",
+            "file_id": "1", "url": "https://openml.org/mnist.arff", "md5_checksum": hashlib.md5(arff).hexdigest(),
+            "default_target_attribute": "class"}  # fmt: skip
+    answers: dict[str, Any] = {
+        "data_version/1": {"data": {"dataset": [{"did": 554, "status": "active"}]}},
+        "data/554": {"data_set_description": data},
+        "features/554": {"data_features": {"feature": [*columns, target]}},
+        "qualities/554": {"data_qualities": {"quality": [{"name": "NumberOfInstances", "value": "3"}]}},
+    }
+
+    def urlopen(request: Any, **_: Any) -> Answer:
+        url = getattr(request, "full_url", request)
+        key = next((key for key in answers if url.endswith(key)), None)
+        return Answer(arff if key is None else json.dumps(answers[key]).encode())
+
+    monkeypatch.setattr("sklearn.datasets._openml.urlopen", urlopen)
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path))
+    mnist_data = importlib.import_module("mnist_data")
+    mnist_data._openml.cache_clear()
+    x, y = mnist_data.load_split(None, "train")
+    assert torch.equal(x.mul(255).round().long().reshape(3, 784), torch.tensor(images))
+    assert y.tolist() == labels
+    assert len(mnist_data.load_split(None, "test")[0]) == 0
+    mnist_data._openml.cache_clear()
 
 
 def run_mnist(data: Path, output: Path, *options: str) -> dict[str, Any]:
