@@ -130,6 +130,29 @@ def test_constants_that_depend_on_the_size_of_the_image_are_not_folded() -> None
         close(small(x), net(x))
 
 
+class OverTime(nn.Module):
+    """A sum over words, of a shape (data, words, features) or (words, data, features)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.word, self.text = dim, nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.text(self.word(x).relu().sum(self.dim))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_constants_that_depend_on_the_length_of_a_text_are_not_folded(dim: int) -> None:
+    net = OverTime(dim).eval()
+    with torch.no_grad():
+        net.word.weight[:3] = 0
+        net.word.bias.fill_(0.5)
+    small = compact_module(net, torch.randn(3, 5, 4))
+    for shape in ((3, 5, 4), (7, 2, 4)):
+        x = torch.randn(shape)
+        close(small(x), net(x))
+
+
 def test_channels_go_through_batch_norm_pooling_and_flatten() -> None:
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,30 +162,44 @@ def _settle(
 
 
 def _constants(module: nn.Module, layers: dict[str, nn.Module], example: tuple[Any, ...]) -> dict[str, Tensor]:
-    """What :func:`known_inputs` finds, and finds again for larger images where the network takes them.
+    """What :func:`known_inputs` finds, and finds again for inputs of other sizes where the network takes them.
 
-    What a padded border adds to a mean over positions, say, is constant for images of one size only.
+    What a padded border adds to a mean over positions, say, is constant for images of one size only, and a sum over
+    the words of a text for one length.
     """
     inputs = known_inputs(module, layers, example)
-    if not any(isinstance(layer, CONVOLUTIONS) for layer in layers.values()):
-        return inputs
-    try:
-        larger = known_inputs(module, layers, tree_map_only(Tensor, _twice_as_large, example))
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):  # it takes images of one size
-        return inputs
-    for name in inputs.keys() & larger.keys() & {n for n, layer in layers.items() if type(layer) in LAYERS}:
-        layer: Any = layers[name]
-        dim = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()  # the channels, in a batch or not
-        x, other = (t.transpose(dim, -1).reshape(-1, t.shape[dim]) for t in (inputs[name], larger[name]))
-        if len(x):
-            tolerance = 1e3 * torch.finfo(x.dtype).eps * (1 + x[0].abs())
-            differs = ~((other - x[0]).abs() <= tolerance).all(0)  # also where it is unknown
-            inputs[name].transpose(dim, -1)[..., differs] = torch.nan
+    for larger in _larger_examples(example):
+        try:
+            others = known_inputs(module, layers, larger)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):  # it does not take this size
+            continue
+        for name in inputs.keys() & others.keys() & {n for n, layer in layers.items() if type(layer) in LAYERS}:
+            _keep_equal(layers[name], inputs[name], others[name])
     return inputs
 
 
-def _twice_as_large(t: Tensor) -> Tensor:
-    return t.new_zeros(*t.shape[:2], *(2 * size for size in t.shape[2:]))
+def _keep_equal(layer: Any, x: Tensor, other: Tensor) -> None:
+    """Mark the features of ``x`` as unknown, in place, that are not one number, the same in ``other``."""
+    dim = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()  # the channels, in a batch or not
+    rows, others = (t.transpose(dim, -1).reshape(-1, t.shape[dim]) for t in (x, other))
+    if len(rows) and rows.shape[1] == others.shape[1]:
+        tolerance = 1e3 * torch.finfo(x.dtype).eps * (1 + rows[0].abs())
+        differs = ~((others - rows[0]).abs() <= tolerance).all(0)  # also where it is unknown
+        x.transpose(dim, -1)[..., differs] = torch.nan
+
+
+def _larger_examples(example: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Inputs with twice as many positions: all of an image, those of one dimension, or wherever there are so many."""
+    shapes = [t.shape for t in tree_leaves(example) if isinstance(t, Tensor)]
+    places = {place for shape in shapes for place in enumerate(shape)}
+    groups = {frozenset((dim, size) for dim, size in places if dim >= 2)}
+    groups |= {frozenset(other for other in places if other[0] == dim) for dim, _ in places}
+    groups |= {frozenset(other for other in places if other[1] == size) for _, size in places}
+
+    def doubled(t: Tensor, group: frozenset[tuple[int, int]]) -> Tensor:
+        return t.new_zeros([2 * place[1] if place in group else place[1] for place in enumerate(t.shape)])
+
+    return [tree_map_only(Tensor, partial(doubled, group=group), example) for group in groups if group]
 
 
 def _shares(module: nn.Module, layer: nn.Module) -> bool:
