@@ -32,7 +32,7 @@ from pyro_vdo.compression.dependency import (
     rows,
     torch_pruning_module,
 )
-from pyro_vdo.compression.sparse_layers import Select
+from pyro_vdo.compression.sparse_layers import Select, has_hooks
 
 #: a selection of inputs costs a pass over them, which pays when at least this part of them is dead
 DEAD_INPUTS = 0.2
@@ -47,8 +47,8 @@ def compact_module(module: nn.Module, example_inputs: Any, *, select_inputs: boo
     """A smaller network with the same outputs, in eval mode, within rounding: what is dead is removed.
 
     Zeros in the weights of ``nn.Linear`` and convolutions decide what is dead. A layer keeps at least one unit.
-    Layers that are called several times, share parameters or are followed by something that mixes channels (softmax,
-    LayerNorm, attention, recurrent layers) keep their units.
+    Layers that are called several times, share parameters, have hooks or are followed by something that mixes channels
+    (softmax, LayerNorm, attention, recurrent layers) keep their units.
 
     :param module: a plain network; it is left as it is.
     :param example_inputs: a tensor or a tuple of arguments, of the shapes that the network takes. The values of
@@ -134,7 +134,7 @@ def _clear(tp: Any, module: nn.Module, check: _Check) -> None:
         once = _constants(module, named, check.example)
     except DataDependentError as error:
         raise ExportError(f"compact: {error}. Use form='sparse'.") from error
-    alone = {name for name in once if not _shares(module, named[name])}
+    alone = {name for name in once if not (_shares(module, named[name]) or has_hooks(named[name]))}
     layers = {name: named[name] for name in alone if type(named[name]) in LAYERS}
     units = find_units(tp, module, check.example, {id(named[name]) for name in alone})
     inputs = {name: x for name, x in once.items() if name in layers}
@@ -337,7 +337,8 @@ def insert_selects(module: nn.Module) -> nn.Module:
     """Put :class:`Select` before the layers that read few of their inputs; in place, returns the module."""
     selected = {}
     for child in module.modules():
-        if type(child) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and not _shares(module, child):
+        selectable = type(child) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and not has_hooks(child)
+        if selectable and not _shares(module, child):
             read = columns(child).any(1)
             dead = int((~read[1:]).sum())  # at least one has to stay
             if dead and dead >= DEAD_INPUTS * len(read) and getattr(child, "groups", 1) == 1:

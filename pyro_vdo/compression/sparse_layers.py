@@ -7,6 +7,7 @@ inference: their weights are buffers.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, cast
 
@@ -278,6 +279,12 @@ class SparseConv2d(_Csr):
             result[first : first + count] = summed.as_strided((count, *shape), steps)
         return result
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out_channels, in_channels, *kernel_size), computed anew: for what reads it elsewhere."""
+        dense = self.values.new_zeros(self.out_channels, self.in_channels * math.prod(self.kernel_size))
+        return dense.index_copy(1, self.taps, self.matrix()).reshape(-1, self.in_channels, *self.kernel_size)
+
     def _run_starts(self, height: int, width: int) -> Tensor:
         """Where in the flattened image the run of each tap starts."""
         key = (height, width, self.taps)
@@ -352,7 +359,7 @@ ELEMENTWISE = (
 def sparsify(module: nn.Module, *, everywhere: bool = False) -> nn.Module:
     """Replace, in place, the ``nn.Linear`` and ``nn.Conv2d`` that are faster as sparse layers; returns the module.
 
-    Layers whose parameters are shared, or that are subclasses, stay as they are.
+    Layers whose parameters are shared, that are subclasses, or that have hooks stay as they are.
 
     :param everywhere: replace every layer of these types that the kernels support, faster or not.
     """
@@ -362,7 +369,8 @@ def sparsify(module: nn.Module, *, everywhere: bool = False) -> nn.Module:
             owners[id(param)] = owners.get(id(param), 0) + 1
     replaced: dict[int, nn.Module] = {}
     for child in list(module.modules()):
-        if all(owners[id(param)] == 1 for param in child._parameters.values() if param is not None):
+        alone = all(owners[id(param)] == 1 for param in child._parameters.values() if param is not None)
+        if alone and not has_hooks(child):
             new = _sparse_version(child, everywhere)
             if new is not None:
                 replaced[id(child)] = new.train(child.training)
@@ -376,6 +384,11 @@ def sparsify(module: nn.Module, *, everywhere: bool = False) -> nn.Module:
         if type(parent) is nn.Sequential:
             _keep_transposed(parent)
     return module
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True where something else reads or changes what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _sparse_version(layer: nn.Module, everywhere: bool) -> nn.Module | None:

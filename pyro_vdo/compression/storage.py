@@ -84,7 +84,7 @@ def _named_values(module: nn.Module) -> dict[str, Any]:
     """What has to be stored by name: tensors, and for sparse matrices their CSR parts as one."""
     result: dict[str, Any] = {}
     state = module.state_dict()
-    for path, child in module.named_modules():
+    for path, child in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(child, SparseLinear | SparseConv2d):
             crow, col, values = (state.pop(prefix + part) for part in ("crow", "col", "values"))
@@ -208,7 +208,7 @@ def _brief(error: Exception) -> str:
 def _fill(module: nn.Module, values: dict[str, Any]) -> None:
     """Give every parameter and buffer of ``module`` its tensor; all names and shapes must fit exactly."""
     left = dict(values)
-    for path, child in module.named_modules():
+    for path, child in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(child, SparseLinear | SparseConv2d):
             _fill_csr(child, left.pop(f"{prefix}matrix", None), f"{prefix}matrix")
