@@ -28,6 +28,7 @@ Masks = Mapping[str, Tensor]
 Values = Mapping[str, Tensor]
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained or loaded into later
 @torch.no_grad()
 def export(
     net: nn.Module,
@@ -73,7 +74,7 @@ def export(
     kept = {name: int(values[site].count_nonzero()) for name, site in sites.items()}
     if masks is None and not any(kept.values()):
         warnings.warn(
-            f"export: the network predicts a constant. {relevance_of.NOTHING_KEPT}", UserWarning, stacklevel=3
+            f"export: the network predicts a constant. {relevance_of.NOTHING_KEPT}", UserWarning, stacklevel=4
         )
     module.export_info = {  # type: ignore[assignment]
         "form": form or "default",
@@ -84,6 +85,7 @@ def export(
     return module
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune_module(
     module: nn.Module,

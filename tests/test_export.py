@@ -283,6 +283,15 @@ def test_hooks_of_the_layers_go_on(form: str | None) -> None:
         torch.testing.assert_close(small(x), prune_module(net, weights, "masked")(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_an_export_made_in_inference_mode_can_be_trained(form: str | None) -> None:
+    bayes, guide = bayesian(convolutional(), images())
+    with torch.inference_mode():
+        module = export(bayes, guide, form, example_inputs=images())
+    module.load_state_dict(module.state_dict())
+    module(images().requires_grad_()).sum().backward()
+
+
 # --------------------------------------------------------------------------- other tools
 
 

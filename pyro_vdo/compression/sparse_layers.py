@@ -70,6 +70,10 @@ def _with_gradients(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
+#: the sparse tensor, the bias as a vector and as a column; the buffers "values" and "bias" that they were made of
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
 class _Csr(nn.Module):
     """A CSR matrix in three buffers, and a bias. The sparse tensor over them is built when it is first needed."""
 
@@ -85,7 +89,7 @@ class _Csr(nn.Module):
         self.register_buffer("col", torch.zeros(nonzero, dtype=torch.int32))
         self.register_buffer("values", torch.zeros(nonzero))
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
-        self._cached: tuple[Tensor, Tensor, Tensor] | None = None
+        self._cached: _Operands | None = None
 
     def set_dense(self, matrix: Tensor, bias: Tensor | None) -> None:
         """Take the nonzero elements of a dense matrix, and a bias."""
@@ -105,16 +109,23 @@ class _Csr(nn.Module):
         """The weight as a dense matrix of shape (rows, columns)."""
         return self._operands()[0].to_dense()
 
-    def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(the sparse tensor, the bias as a vector, as a column), all sharing memory with the buffers."""
-        if self._cached is None:
-            with warnings.catch_warnings():  # torch says that CSR is in beta state, once in a process
-                warnings.filterwarnings("ignore", message="Sparse CSR tensor support|Sparse invariant checks")
-                weight = torch.sparse_csr_tensor(
-                    self.crow, self.col, self.values, self.matrix_shape, check_invariants=False
-                )
+    def _operands(self) -> _Operands:
+        """What the product takes, sharing memory with the buffers; made anew where these are others than before."""
+        cached, buffers = self._cached, self._buffers
+        if cached is not None and cached[3] is buffers["values"] and cached[4] is buffers["bias"]:
+            return cached
+        if self.values.device.type == "cpu" and self.values.dtype not in (torch.float32, torch.float64):
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot compute in {self.values.dtype} on the CPU: torch has no sparse product "
+                "for it. Convert the network before it is exported (its layers stay dense then), or export it with "
+                "form='masked' or 'compact'."
+            )
+        with torch.inference_mode(False), warnings.catch_warnings():  # torch says once that CSR is in beta state
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support|Sparse invariant checks")
+            parts = (self.crow, self.col, self.values)
+            weight = torch.sparse_csr_tensor(*parts, self.matrix_shape, check_invariants=False)
             bias = self.values.new_zeros(self.matrix_shape[0]) if self.bias is None else self.bias
-            self._cached = (weight, bias, bias.unsqueeze(1))
+            self._cached = (weight, bias, bias.unsqueeze(1), self.values, self.bias)
         return self._cached
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -127,6 +138,14 @@ class _Csr(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # sparse tensors cannot be copied deeply
+
+
+def _in_own_precision(layer: _Csr, x: Tensor) -> Tensor:
+    """What ``layer`` makes of ``x`` under autocast, whose type the result has: it is not the weights'."""
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False):
+        result: Tensor = layer(x.to(layer.values.dtype))
+    return result if result.dtype == torch.float64 else result.to(torch.get_autocast_dtype(kind))  # as dense layers
 
 
 class SparseLinear(_Csr):
@@ -160,7 +179,9 @@ class SparseLinear(_Csr):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*batch, in_features) to (*batch, out_features)."""
-        weight, bias, column = self._cached or self._operands()
+        if torch.is_autocast_enabled(x.device.type):
+            return _in_own_precision(self, x)
+        weight, bias, column, _, _ = self._operands()
         if x.dim() != 2:
             if x.dim() == 1:
                 return torch.addmv(bias, weight, x)
@@ -244,6 +265,8 @@ class SparseConv2d(_Csr):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ([batch,] in_channels, height, width) to ([batch,] out_channels, height', width')."""
+        if torch.is_autocast_enabled(x.device.type):
+            return _in_own_precision(self, x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         unpadded = x
@@ -257,7 +280,7 @@ class SparseConv2d(_Csr):
                 f"SparseConv2d: input of shape {tuple(x.shape)} (padded), but {self.in_channels} channels and at "
                 f"least the kernel {self.kernel_size} are needed"
             )
-        weight, _, column = self._operands()
+        weight, _, column, _, _ = self._operands()
         span = (rows - 1) * width + columns
         shape = (self.out_channels, -(-rows // self.stride[0]), -(-columns // self.stride[1]))
         offsets = self._run_starts(height, width)
