@@ -363,6 +363,20 @@ def test_batch_norm_is_estimated_anew_as_torch_does() -> None:
         reestimate_batch_norm(ours, [])
 
 
+def test_batch_norm_behind_two_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.norm(x + y)  # type: ignore[no-any-return]
+
+    x, y = torch.randn(9, 3), torch.randn(9, 3)
+    net = prune_module(Two(), {}, "masked", data=[((x, y), torch.zeros(9))])
+    torch.testing.assert_close(net.norm.running_mean, (x + y).mean(0))
+
+
 def test_batches_that_are_dicts_need_a_network_that_takes_them() -> None:
     x = torch.randn(50, 2)
     net = nn.Sequential(nn.BatchNorm1d(2)).eval()

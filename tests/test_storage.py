@@ -155,6 +155,15 @@ def test_modules_with_options_of_their_own_are_not_described_wrongly() -> None:
         assert torch.equal(from_bytes(to_bytes(net), net)(x), net.eval()(x))
 
 
+def test_an_extra_state_is_refused() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Tensor:
+            return torch.tensor(5)
+
+    with pytest.raises(ExportFileError, match=r"_extra_state.* neither parameters nor buffers"):
+        to_bytes(Extra(2, 2))
+
+
 @pytest.mark.parametrize(
     "layer",
     [

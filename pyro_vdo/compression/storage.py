@@ -47,7 +47,7 @@ def save(module: nn.Module, path: str | os.PathLike[str], *, threshold: float | 
     :param path: the file; by custom ``.safetensors``.
     :param threshold: for the header, where ``module.export_info`` does not tell it.
     :returns: the size of the file in bytes.
-    :raises ExportFileError: if the file cannot be written, or the module has a state that is no tensor.
+    :raises ExportFileError: if the file cannot be written, or the module has an extra state.
     """
     target = Path(path)
     data = to_bytes(module, threshold)
@@ -93,9 +93,11 @@ def _named_values(module: nn.Module) -> dict[str, Any]:
             result[f"{prefix}taps"] = coding.Positions(state.pop(prefix + "taps"), _tap_count(child))
         if isinstance(child, Select):
             result[f"{prefix}index"] = coding.Positions(state.pop(prefix + "index"), child.features)
-    strange = sorted(name for name, value in state.items() if not isinstance(value, Tensor))
+    strange = [n for n, v in state.items() if not isinstance(v, Tensor) or n.rpartition(".")[2] == "_extra_state"]
     if strange:
-        raise ExportFileError(f"{strange} are no tensors, and a file of this kind holds nothing else")
+        raise ExportFileError(
+            f"{sorted(strange)} are neither parameters nor buffers, and a file of this kind holds nothing else"
+        )
     return {**state, **result}
 
 
