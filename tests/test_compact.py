@@ -308,6 +308,16 @@ def test_embeddings_lose_columns_and_integer_inputs_are_followed() -> None:
     close(small(x), net(x))
 
 
+def test_a_network_that_is_random_in_eval_mode_is_refused() -> None:
+    class AlwaysDropped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x), training=True)
+
+    net = nn.Sequential(nn.Linear(3, 4), AlwaysDropped(4, 20))
+    with pytest.raises(ExportError, match="random in eval mode"):
+        compact_module(net, torch.randn(5, 3))
+
+
 def test_decisions_by_value_are_refused() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

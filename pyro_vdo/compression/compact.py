@@ -146,7 +146,7 @@ def _clear(tp: Any, module: nn.Module, check: _Check) -> None:
         _restore(module, original)
     raise ExportError(
         "compact: moving constant activations into the biases would change the outputs of this network, which uses its "
-        "weights outside of their layers. Use form='sparse'."
+        "weights outside of their layers, or is random in eval mode. Use form='sparse'."
     )
 
 
