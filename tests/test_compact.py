@@ -130,6 +130,23 @@ def test_constants_that_depend_on_the_size_of_the_image_are_not_folded() -> None
         close(small(x), net(x))
 
 
+def test_constants_of_even_sizes_are_not_folded() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 1),
+        nn.ConvTranspose2d(2, 3, 2, stride=2),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    ).eval()
+    with torch.no_grad():
+        net[0].weight[1] = 0
+        net[1].weight[0, 1] = 0  # so channel 1 is a pattern of 2 x 2 constants, cut through at odd sizes
+    small = compact_module(net, torch.randn(2, 1, 4, 4))
+    for size in (4, 5, 8):
+        x = torch.randn(2, 1, size, size)
+        close(small(x), net(x))
+
+
 class OverTime(nn.Module):
     """A sum over words, of a shape (data, words, features) or (words, data, features)."""
 

@@ -189,17 +189,19 @@ def _keep_equal(layer: Any, x: Tensor, other: Tensor) -> None:
 
 
 def _larger_examples(example: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Inputs with twice as many positions: all of an image, those of one dimension, or wherever there are so many."""
+    """Inputs with more positions: in all dimensions of an image, in one, or wherever there are as many."""
     shapes = [t.shape for t in tree_leaves(example) if isinstance(t, Tensor)]
     places = {place for shape in shapes for place in enumerate(shape)}
     groups = {frozenset((dim, size) for dim, size in places if dim >= 2)}
     groups |= {frozenset(other for other in places if other[0] == dim) for dim, _ in places}
     groups |= {frozenset(other for other in places if other[1] == size) for _, size in places}
 
-    def doubled(t: Tensor, group: frozenset[tuple[int, int]]) -> Tensor:
-        return t.new_zeros([2 * place[1] if place in group else place[1] for place in enumerate(t.shape)])
+    def enlarged(t: Tensor, group: frozenset[tuple[int, int]], more: int) -> Tensor:
+        return t.new_zeros([2 * place[1] + more if place in group else place[1] for place in enumerate(t.shape)])
 
-    return [tree_map_only(Tensor, partial(doubled, group=group), example) for group in groups if group]
+    # both an even and an odd size, as what a stride leaves over depends on it
+    options = [(group, more) for group in groups if group for more in (0, 1)]
+    return [tree_map_only(Tensor, partial(enlarged, group=group, more=more), example) for group, more in options]
 
 
 def _shares(module: nn.Module, layer: nn.Module) -> bool:
