@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyro_vdo import _compat
 from pyro_vdo import relevance as relevance_of
 from pyro_vdo.compression.chains import shrink_chain
-from pyro_vdo.compression.compact import compact_module, select_inputs_of
+from pyro_vdo.compression.compact import as_arguments, compact_module, select_inputs_of
 from pyro_vdo.compression.dependency import ExportError
 from pyro_vdo.compression.sparse_layers import sparsify
 from pyro_vdo.families.hierarchical import PriorScales
@@ -28,6 +28,7 @@ Masks = Mapping[str, Tensor]
 Values = Mapping[str, Tensor]
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained or loaded into later
 @torch.no_grad()
 def export(
     net: nn.Module,
@@ -61,7 +62,7 @@ def export(
     :param example_inputs: a tensor or tuple as the network takes it; a network that is a ``Sequential`` which begins
         with a ``Linear`` layer needs none.
     :param data: batches of inputs, or of (inputs, ...) pairs, on which to re-estimate the statistics of BatchNorm,
-        since pruning shifts them.
+        since pruning shifts them; the inputs of a network that takes several are a tuple in such a pair.
     :raises ExportError: if the network cannot be exported, or not in this form.
     :raises ValueError: for an unknown form, and masks that do not fit.
     """
@@ -73,7 +74,7 @@ def export(
     kept = {name: int(values[site].count_nonzero()) for name, site in sites.items()}
     if masks is None and not any(kept.values()):
         warnings.warn(
-            f"export: the network predicts a constant. {relevance_of.NOTHING_KEPT}", UserWarning, stacklevel=3
+            f"export: the network predicts a constant. {relevance_of.NOTHING_KEPT}", UserWarning, stacklevel=4
         )
     module.export_info = {  # type: ignore[assignment]
         "form": form or "default",
@@ -84,6 +85,7 @@ def export(
     return module
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune_module(
     module: nn.Module,
@@ -269,7 +271,7 @@ def reestimate_batch_norm(module: nn.Module, data: Iterable[Any]) -> nn.Module:
 
     As ``torch.optim.swa_utils.update_bn``, but all other layers (dropout) stay in eval mode.
 
-    :param data: batches of inputs, or tuples and lists whose first entry is the input.
+    :param data: batches of inputs, or tuples and lists whose first entry is the input, or the tuple of inputs.
     :raises ValueError: if there is no batch, or the batches are dicts and the network does not take them.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
@@ -295,7 +297,7 @@ def reestimate_batch_norm(module: nn.Module, data: Iterable[Any]) -> nn.Module:
 
 def _forward(module: nn.Module, batch: Any) -> None:
     try:
-        module(batch[0] if isinstance(batch, tuple | list) else batch)
+        module(*as_arguments(batch[0] if isinstance(batch, tuple | list) else batch))
     except (TypeError, AttributeError) as error:
         if not isinstance(batch, Mapping):
             raise

@@ -62,11 +62,13 @@ def to_bayesian(
     :param name: prefix of the site names, needed where one model calls several networks.
     :raises TypeError: if ``net`` is no module or ``prior`` no distribution.
     :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), compiled
-        modules, unknown names, or a network without any weight to convert. ``net`` itself is left as it is.
+        modules, weights that a hook computes, unknown names, or a network without any weight to convert. ``net``
+        itself is left as it is.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"to_bayesian: net must be a torch.nn.Module, not {type(net).__name__}")
     _refuse_compiled(net)
+    _refuse_computed(net)
     priors = prior if isinstance(prior, Mapping) else {nn.Module: prior}
     for key, value in priors.items():
         if not isinstance(value, Distribution | HierarchicalNormal):
@@ -97,6 +99,18 @@ def _refuse_compiled(net: nn.Module) -> None:
                 "its weights are used. Convert the network before it is compiled; export gives one that is worth "
                 "compiling."
             )
+
+
+def _refuse_computed(net: nn.Module) -> None:
+    for path, module in net.named_modules():
+        for name in (n.removesuffix("_orig").removesuffix("_v") for n in module._parameters):
+            if name not in module._parameters and isinstance(vars(module).get(name), Tensor):
+                raise ValueError(
+                    f"to_bayesian: '{path + '.' * bool(path)}{name}' is computed by a hook (weight_norm, spectral_norm "
+                    "or prune of torch.nn.utils), so the network could not be copied. Use "
+                    "torch.nn.utils.parametrizations, or take the hook off: remove_weight_norm, remove_spectral_norm, "
+                    "prune.remove."
+                )
 
 
 def _convert(module: nn.Module, attribute: str, prior: Prior) -> None:
@@ -144,6 +158,11 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
                     f"{tuple(param.shape)}; give the prior of one weight, without expand and to_event"
                 )
             result[full_name] = prior
+    if chosen and not result:
+        raise ValueError(
+            f"to_bayesian: the mapping of priors has none for {sorted(chosen)}; its keys are {list(priors)}; "
+            "parameter names, module names and layer types may be keys"
+        )
     if not result:
         raise ValueError(
             "to_bayesian: the network has no weight to convert. By default these are the weights of "

@@ -90,6 +90,9 @@ def _smaller_site(guide: Any, site: str, local: str, large: nn.Module, small: nn
     part, kept = guide._site(site), _kept(guide, site)
     parameters = {"loc": part.loc.detach(), "log_scale": part.log_scale.detach(), "kept": kept}
     if after.dim() > 1:
+        if before.shape == after.shape and torch.equal(before.where(after != 0, 0.0), after):
+            parameters["kept"] = kept & (after == before)  # what it read of constants has moved into its bias
+            return {key: value.clone() for key, value in parameters.items()}
         rows, columns = _positions(local, before, after)
         return {key: value[rows][:, columns].clone() for key, value in parameters.items()}
     at = ... if before.shape == after.shape else _units(local, large, small)

@@ -130,6 +130,46 @@ def test_constants_that_depend_on_the_size_of_the_image_are_not_folded() -> None
         close(small(x), net(x))
 
 
+def test_constants_of_even_sizes_are_not_folded() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 1),
+        nn.ConvTranspose2d(2, 3, 2, stride=2),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    ).eval()
+    with torch.no_grad():
+        net[0].weight[1] = 0
+        net[1].weight[0, 1] = 0  # so channel 1 is a pattern of 2 x 2 constants, cut through at odd sizes
+    small = compact_module(net, torch.randn(2, 1, 4, 4))
+    for size in (4, 5, 8):
+        x = torch.randn(2, 1, size, size)
+        close(small(x), net(x))
+
+
+class OverTime(nn.Module):
+    """A sum over words, of a shape (data, words, features) or (words, data, features)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.word, self.text = dim, nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.text(self.word(x).relu().sum(self.dim))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_constants_that_depend_on_the_length_of_a_text_are_not_folded(dim: int) -> None:
+    net = OverTime(dim).eval()
+    with torch.no_grad():
+        net.word.weight[:3] = 0
+        net.word.bias.fill_(0.5)
+    small = compact_module(net, torch.randn(3, 5, 4))
+    for shape in ((3, 5, 4), (7, 2, 4)):
+        x = torch.randn(shape)
+        close(small(x), net(x))
+
+
 def test_channels_go_through_batch_norm_pooling_and_flatten() -> None:
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
@@ -283,6 +323,16 @@ def test_embeddings_lose_columns_and_integer_inputs_are_followed() -> None:
     small = compact_module(net, x)
     assert small[0].weight.shape == (10, 1)
     close(small(x), net(x))
+
+
+def test_a_network_that_is_random_in_eval_mode_is_refused() -> None:
+    class AlwaysDropped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x), training=True)
+
+    net = nn.Sequential(nn.Linear(3, 4), AlwaysDropped(4, 20))
+    with pytest.raises(ExportError, match="random in eval mode"):
+        compact_module(net, torch.randn(5, 3))
 
 
 def test_decisions_by_value_are_refused() -> None:

@@ -93,6 +93,19 @@ def test_integers_are_followed() -> None:
     assert known(lambda x: (x + 1).clamp(max=3).double().sqrt(), torch.tensor([1, 2])).isnan().all()
 
 
+def test_layers_that_are_called_by_keyword() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.end = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.end(input=x @ WEIGHT.t())  # type: ignore[no-any-return]
+
+    net = ByKeyword().eval()
+    assert known_inputs(net, {"end": net.end}, (torch.ones(2, 3),))["end"].isnan().tolist() == [[True, False]] * 2
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -244,6 +244,54 @@ def test_the_default_removes_dead_neurons_of_a_chain() -> None:
     torch.testing.assert_close(small(x), prune_module(hooked, {"0.weight": weight}, "masked")(x))
 
 
+class TiedDecoder(nn.Module):
+    """Reads the weight of a layer that is also elsewhere in the network."""
+
+    def __init__(self, encoder: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.encoder.weight
+        return x @ weight if weight.dim() == 2 else nn.functional.conv_transpose2d(x, weight)
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_a_decoder_with_the_weights_of_the_encoder(form: str | None) -> None:
+    encoder, image = nn.Linear(300, 200), nn.Conv2d(20, 50, 3)
+    nets = [
+        (nn.Sequential(encoder, nn.ReLU(), nn.Linear(200, 200), TiedDecoder(encoder)), torch.randn(3, 300)),
+        (nn.Sequential(image, nn.ReLU(), TiedDecoder(image)), torch.randn(2, 20, 6, 6)),
+    ]
+    for net, x in nets:
+        weights = {name: p.detach() * (torch.rand_like(p) < 0.002) for name, p in net.named_parameters() if p.dim() > 1}
+        small = prune_module(net, weights, form, example_inputs=x)
+        torch.testing.assert_close(small(x), prune_module(net, weights, "masked")(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_hooks_of_the_layers_go_on(form: str | None) -> None:
+    for net, x in [
+        (nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 200)), torch.randn(3, 300)),
+        (nn.Sequential(nn.Conv2d(20, 50, 3), nn.ReLU(), nn.Conv2d(50, 50, 3)), torch.randn(2, 20, 6, 6)),
+    ]:
+        net[0].register_forward_hook(lambda module, args, output: 2 * output + 1)
+        net[2].register_forward_pre_hook(lambda module, args: (3 * args[0],))
+        weights = {f"{at}.weight": net[at].weight.detach().clone() for at in (0, 2)}
+        weights = {name: value * (torch.rand_like(value) < 0.002) for name, value in weights.items()}
+        small = prune_module(net, weights, form, example_inputs=x)
+        torch.testing.assert_close(small(x), prune_module(net, weights, "masked")(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_an_export_made_in_inference_mode_can_be_trained(form: str | None) -> None:
+    bayes, guide = bayesian(convolutional(), images())
+    with torch.inference_mode():
+        module = export(bayes, guide, form, example_inputs=images())
+    module.load_state_dict(module.state_dict())
+    module(images().requires_grad_()).sum().backward()
+
+
 # --------------------------------------------------------------------------- other tools
 
 
@@ -313,6 +361,20 @@ def test_batch_norm_is_estimated_anew_as_torch_does() -> None:
     assert not any(module.training for module in ours.modules())
     with pytest.raises(ValueError, match="no batch"):
         reestimate_batch_norm(ours, [])
+
+
+def test_batch_norm_behind_two_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.norm(x + y)  # type: ignore[no-any-return]
+
+    x, y = torch.randn(9, 3), torch.randn(9, 3)
+    net = prune_module(Two(), {}, "masked", data=[((x, y), torch.zeros(9))])
+    torch.testing.assert_close(net.norm.running_mean, (x + y).mean(0))
 
 
 def test_batches_that_are_dicts_need_a_network_that_takes_them() -> None:

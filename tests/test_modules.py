@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import pyro
@@ -17,6 +18,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import pyro_vdo as vdo
 from pyro_vdo.modules import LAYERS, bayesian_weights
@@ -199,6 +201,12 @@ def tied() -> nn.Module:
     return net
 
 
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in many networks
+        return nn.utils.weight_norm(nn.Linear(3, 2))
+
+
 BAD: dict[str, tuple[Any, Any, str]] = {
     "no module": (lambda x: x, {}, r"net must be a torch\.nn\.Module"),
     "no prior": (nn.Linear(3, 2), {"prior": 3.0}, r"prior for .* must be a distribution, e\.g\. LogUniform\(\)"),
@@ -207,6 +215,10 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "recurrent": (nn.LSTM(3, 2), {"where": ["weight_ih_l0"]}, r"'weight_ih_l0' belongs to LSTM.*draw="),
     "unknown where": (nn.Linear(3, 2), {"where": ["typo"]}, r"where names \['typo'\]; .* are \['bias', 'weight'\]"),
     "unknown prior": (nn.Linear(3, 2), {"prior": {"typo.weight": vdo.LogUniform()}}, r"prior names \['typo\.weight'\]"),
+    "other prior": (nn.Linear(3, 2), {"prior": {nn.Conv2d: vdo.LogUniform()}}, r"has none for \['weight'\].*Conv2d"),
+    "weight_norm": (old_weight_norm(), {}, r"'weight' is computed by a hook.*parametrizations"),
+    "spectral_norm": (nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 2))), {}, r"'0\.weight' is computed by a hook"),
+    "prune": (prune.l1_unstructured(nn.Linear(3, 2), "bias", 0.5), {}, r"'bias' is computed by a hook.*prune\.remove"),
     "tied": (tied(), {}, r"'0\.weight' and '2\.weight' are one tied parameter"),
     "lazy": (nn.LazyLinear(2), {}, r"'weight' is lazy; run the network once"),
     "max_norm": (nn.Embedding(5, 2, max_norm=1.0), {}, r"'weight'.*max_norm=1\.0.*without max_norm"),

@@ -101,6 +101,22 @@ def test_some_equal_weights_do_no_harm():
     torch.testing.assert_close(small(x), large(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_that_keeps_its_units_loses_the_weights_of_constants():
+    net = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(18, 4))
+    x, y = torch.randint(9, (16, 3)), torch.randint(4, (16,))
+    bayesian = vdo.to_bayesian(net, vdo.EmpiricalBayesNormal())
+    guide = vdo.AutoFactorizedNormal(model_of(bayesian)).setup(x, y)
+    masks = {name: torch.ones_like(q.loc, dtype=torch.bool) for name, q in guide.posteriors().items()}
+    masks["0.weight"][:, 2] = False  # a feature that is zero, whatever the token
+    guide.keep(masks)
+    smaller = shrink(bayesian, guide, x)
+    small_guide = vdo.AutoFactorizedNormal(model_of(smaller.net)).setup(x, y)
+    smaller.load_into(small_guide)
+    assert not small_guide._site("2.weight").kept[:, [2, 8, 14]].any()
+    small, large = export(smaller.net, small_guide, "masked"), export(bayesian, guide, "masked")
+    torch.testing.assert_close(small(x), large(x), rtol=1e-4, atol=1e-5)
+
+
 def test_training_mode_is_kept():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 4))
     net[2].eval()

@@ -135,6 +135,29 @@ def test_copies_files_and_precision(layer: Any) -> None:
     assert double[0].col.dtype == torch.int32
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(2, 3, 3)], ids=["linear", "convolution"])
+def test_modes_of_torch(layer: Any) -> None:
+    sparse = sparsify(thin(layer, 0.4), everywhere=True)
+    x = torch.randn(2, 6) if isinstance(layer, nn.Linear) else torch.randn(2, 2, 5, 5)
+    with torch.inference_mode():
+        y = sparse(x)
+    wanted, given = x.clone().requires_grad_(), x.clone().requires_grad_()
+    layer(wanted).sum().backward()
+    sparse(given).sum().backward()
+    torch.testing.assert_close(given.grad, wanted.grad)
+    scaled = {name: 2 * value if value.is_floating_point() else value for name, value in sparse.state_dict().items()}
+    torch.testing.assert_close(torch.func.functional_call(sparse, scaled, (x,)), 2 * y)
+    torch.testing.assert_close(sparse(x), y)
+    for kind in (torch.bfloat16, torch.float32, torch.float64):
+        with torch.autocast("cpu", torch.bfloat16):
+            wider = torch.float64 if kind == torch.float64 else torch.float32
+            z = sparse.to(wider)(x.to(kind))
+            assert z.dtype == layer.to(wider)(x.to(kind).to(wider)).dtype
+            torch.testing.assert_close(z.float(), y, rtol=0.02, atol=0.02)
+    with pytest.raises(NotImplementedError, match="Convert the network before it is exported"):
+        sparse.half()(x.half())
+
+
 def test_a_layer_that_is_too_dense_or_too_small_stays() -> None:
     layers = [thin(nn.Linear(784, 300), d) for d in (0.015, 0.3)]
     layers += [thin(nn.Linear(100, 10), 0.01), thin(nn.Conv2d(20, 50, 5), 0.005), thin(nn.Conv2d(1, 20, 5), 0.3)]

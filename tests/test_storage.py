@@ -108,6 +108,16 @@ def test_networks_of_other_classes_need_a_skeleton(tmp_path: Path) -> None:
     assert all(p.device.type == "cpu" for p in loaded.state_dict().values())
 
 
+@pytest.mark.parametrize("form", ["masked", "sparse", "compact"])
+def test_a_layer_in_two_places(form: str) -> None:
+    inner, block = nn.Linear(300, 300), Residual(nn.Linear(300, 300))
+    net = nn.Sequential(inner, nn.ReLU(), inner, block, nn.ReLU(), block).eval()
+    weights = {name: p * (torch.rand_like(p) < 0.01) for name, p in net.named_parameters() if p.dim() > 1}
+    module = prune_module(net, weights, form, example_inputs=torch.randn(2, 300))
+    x = torch.randn(3, 300)
+    torch.testing.assert_close(from_bytes(to_bytes(module), net)(x), module(x))
+
+
 def test_a_sparse_convolution_in_half_and_double_precision() -> None:
     net = nn.Sequential(nn.Conv2d(20, 50, 5, padding=2, stride=2)).eval()
     with torch.no_grad():
@@ -143,6 +153,15 @@ def test_modules_with_options_of_their_own_are_not_described_wrongly() -> None:
     x = torch.randint(10, (3,))
     with torch.no_grad():
         assert torch.equal(from_bytes(to_bytes(net), net)(x), net.eval()(x))
+
+
+def test_an_extra_state_is_refused() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Tensor:
+            return torch.tensor(5)
+
+    with pytest.raises(ExportFileError, match=r"_extra_state.* neither parameters nor buffers"):
+        to_bytes(Extra(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_vdo.compression.sparse_layers import Select, SparseConv2d, SparseLinear
+from pyro_vdo.compression.sparse_layers import Select, SparseConv2d, SparseLinear, has_hooks
 
 MAX_MODULES = 10_000
 MAX_DEPTH = 50
@@ -131,7 +131,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
 def _described(module: nn.Module) -> dict[str, Any] | None:
     """Type and arguments of a module in the list; None if they would not give the same module back."""
     kind = type(module)
-    if kind not in TYPES or module._forward_hooks or module._forward_pre_hooks:
+    if kind not in TYPES or has_hooks(module):
         return None
     args = {name: _argument(module, name) for name in TYPES[kind]}
     node: dict[str, Any] = {"type": kind.__name__, **({"args": args} if args else {})}

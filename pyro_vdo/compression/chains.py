@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vdo.compression.sparse_layers import ELEMENTWISE
+from pyro_vdo.compression.sparse_layers import ELEMENTWISE, has_hooks
 
 
 def flat_chain(module: nn.Module) -> list[nn.Module]:
     """The layers that an ``nn.Sequential`` (of Sequentials) calls one after the other; else the module alone."""
-    if type(module) is not nn.Sequential or _has_hooks(module):
+    if type(module) is not nn.Sequential or has_hooks(module):
         return [module]
     return [layer for child in module for layer in flat_chain(child)]
 
@@ -28,11 +28,11 @@ def shrink_chain(module: nn.Module) -> nn.Module:
     """
     chain = flat_chain(module)
     used = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
-    calls = Counter(map(id, chain))
-    once = {id(m) for m in chain if calls[id(m)] == 1 and all(used[id(p)] == 1 for p in m.parameters())}
+    places = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))  # who has it may read its weight
+    once = {id(m) for m in chain if places[id(m)] == 1 and all(used[id(p)] == 1 for p in m.parameters())}
     linear = [at for at, layer in enumerate(chain) if type(layer) is nn.Linear and id(layer) in once]
     pairs = [(a, b) for a, b in itertools.pairwise(linear) if all(map(_is_elementwise, chain[a + 1 : b]))]
-    pairs = [(a, b) for a, b in pairs if not any(map(_has_hooks, chain[a : b + 1]))]
+    pairs = [(a, b) for a, b in pairs if not any(map(has_hooks, chain[a : b + 1]))]
     for a, b in pairs:  # what is constant goes with the data, ...
         _fold(chain[a], chain[a + 1 : b], chain[b])
     for a, b in reversed(pairs):  # ... and what nobody reads against it
@@ -42,10 +42,6 @@ def shrink_chain(module: nn.Module) -> nn.Module:
 
 def _is_elementwise(layer: nn.Module) -> bool:
     return type(layer) in ELEMENTWISE
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _fold(first: Any, between: list[nn.Module], second: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from pyro_vdo.compression.dependency import (
     rows,
     torch_pruning_module,
 )
-from pyro_vdo.compression.sparse_layers import Select
+from pyro_vdo.compression.sparse_layers import Select, has_hooks
 
 #: a selection of inputs costs a pass over them, which pays when at least this part of them is dead
 DEAD_INPUTS = 0.2
@@ -46,8 +47,8 @@ def compact_module(module: nn.Module, example_inputs: Any, *, select_inputs: boo
     """A smaller network with the same outputs, in eval mode, within rounding: what is dead is removed.
 
     Zeros in the weights of ``nn.Linear`` and convolutions decide what is dead. A layer keeps at least one unit.
-    Layers that are called several times, share parameters or are followed by something that mixes channels (softmax,
-    LayerNorm, attention, recurrent layers) keep their units.
+    Layers that are called several times, share parameters, have hooks or are followed by something that mixes channels
+    (softmax, LayerNorm, attention, recurrent layers) keep their units.
 
     :param module: a plain network; it is left as it is.
     :param example_inputs: a tensor or a tuple of arguments, of the shapes that the network takes. The values of
@@ -133,7 +134,7 @@ def _clear(tp: Any, module: nn.Module, check: _Check) -> None:
         once = _constants(module, named, check.example)
     except DataDependentError as error:
         raise ExportError(f"compact: {error}. Use form='sparse'.") from error
-    alone = {name for name in once if not _shares(module, named[name])}
+    alone = {name for name in once if not (_shares(module, named[name]) or has_hooks(named[name]))}
     layers = {name: named[name] for name in alone if type(named[name]) in LAYERS}
     units = find_units(tp, module, check.example, {id(named[name]) for name in alone})
     inputs = {name: x for name, x in once.items() if name in layers}
@@ -145,7 +146,7 @@ def _clear(tp: Any, module: nn.Module, check: _Check) -> None:
         _restore(module, original)
     raise ExportError(
         "compact: moving constant activations into the biases would change the outputs of this network, which uses its "
-        "weights outside of their layers. Use form='sparse'."
+        "weights outside of their layers, or is random in eval mode. Use form='sparse'."
     )
 
 
@@ -161,30 +162,46 @@ def _settle(
 
 
 def _constants(module: nn.Module, layers: dict[str, nn.Module], example: tuple[Any, ...]) -> dict[str, Tensor]:
-    """What :func:`known_inputs` finds, and finds again for larger images where the network takes them.
+    """What :func:`known_inputs` finds, and finds again for inputs of other sizes where the network takes them.
 
-    What a padded border adds to a mean over positions, say, is constant for images of one size only.
+    What a padded border adds to a mean over positions, say, is constant for images of one size only, and a sum over
+    the words of a text for one length.
     """
     inputs = known_inputs(module, layers, example)
-    if not any(isinstance(layer, CONVOLUTIONS) for layer in layers.values()):
-        return inputs
-    try:
-        larger = known_inputs(module, layers, tree_map_only(Tensor, _twice_as_large, example))
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):  # it takes images of one size
-        return inputs
-    for name in inputs.keys() & larger.keys() & {n for n, layer in layers.items() if type(layer) in LAYERS}:
-        layer: Any = layers[name]
-        dim = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()  # the channels, in a batch or not
-        x, other = (t.transpose(dim, -1).reshape(-1, t.shape[dim]) for t in (inputs[name], larger[name]))
-        if len(x):
-            tolerance = 1e3 * torch.finfo(x.dtype).eps * (1 + x[0].abs())
-            differs = ~((other - x[0]).abs() <= tolerance).all(0)  # also where it is unknown
-            inputs[name].transpose(dim, -1)[..., differs] = torch.nan
+    for larger in _larger_examples(example):
+        try:
+            others = known_inputs(module, layers, larger)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):  # it does not take this size
+            continue
+        for name in inputs.keys() & others.keys() & {n for n, layer in layers.items() if type(layer) in LAYERS}:
+            _keep_equal(layers[name], inputs[name], others[name])
     return inputs
 
 
-def _twice_as_large(t: Tensor) -> Tensor:
-    return t.new_zeros(*t.shape[:2], *(2 * size for size in t.shape[2:]))
+def _keep_equal(layer: Any, x: Tensor, other: Tensor) -> None:
+    """Mark the features of ``x`` as unknown, in place, that are not one number, the same in ``other``."""
+    dim = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()  # the channels, in a batch or not
+    rows, others = (t.transpose(dim, -1).reshape(-1, t.shape[dim]) for t in (x, other))
+    if len(rows) and rows.shape[1] == others.shape[1]:
+        tolerance = 1e3 * torch.finfo(x.dtype).eps * (1 + rows[0].abs())
+        differs = ~((others - rows[0]).abs() <= tolerance).all(0)  # also where it is unknown
+        x.transpose(dim, -1)[..., differs] = torch.nan
+
+
+def _larger_examples(example: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Inputs with more positions: in all dimensions of an image, in one, or wherever there are as many."""
+    shapes = [t.shape for t in tree_leaves(example) if isinstance(t, Tensor)]
+    places = {place for shape in shapes for place in enumerate(shape)}
+    groups = {frozenset((dim, size) for dim, size in places if dim >= 2)}
+    groups |= {frozenset(other for other in places if other[0] == dim) for dim, _ in places}
+    groups |= {frozenset(other for other in places if other[1] == size) for _, size in places}
+
+    def enlarged(t: Tensor, group: frozenset[tuple[int, int]], more: int) -> Tensor:
+        return t.new_zeros([2 * place[1] + more if place in group else place[1] for place in enumerate(t.shape)])
+
+    # both an even and an odd size, as what a stride leaves over depends on it
+    options = [(group, more) for group in groups if group for more in (0, 1)]
+    return [tree_map_only(Tensor, partial(enlarged, group=group, more=more), example) for group, more in options]
 
 
 def _shares(module: nn.Module, layer: nn.Module) -> bool:
@@ -322,7 +339,8 @@ def insert_selects(module: nn.Module) -> nn.Module:
     """Put :class:`Select` before the layers that read few of their inputs; in place, returns the module."""
     selected = {}
     for child in module.modules():
-        if type(child) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and not _shares(module, child):
+        selectable = type(child) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and not has_hooks(child)
+        if selectable and not _shares(module, child):
             read = columns(child).any(1)
             dead = int((~read[1:]).sum())  # at least one has to stay
             if dead and dead >= DEAD_INPUTS * len(read) and getattr(child, "groups", 1) == 1:

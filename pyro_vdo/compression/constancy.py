@@ -148,10 +148,10 @@ def known_inputs(module: nn.Module, layers: Mapping[str, nn.Module], example: tu
     unknown = tree_map_only(Tensor, lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t, example)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: seen[name].append(args[0].detach().clone())
+    def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, args, kwargs: seen[name].append([*args, *kwargs.values()][0].detach().clone())
 
-    hooks = [layer.register_forward_pre_hook(remember(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with _Propagation(unknown):
             module(*unknown)

@@ -7,6 +7,7 @@ inference: their weights are buffers.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, cast
 
@@ -69,6 +70,10 @@ def _with_gradients(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
+#: the sparse tensor, the bias as a vector and as a column; the buffers "values" and "bias" that they were made of
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
 class _Csr(nn.Module):
     """A CSR matrix in three buffers, and a bias. The sparse tensor over them is built when it is first needed."""
 
@@ -84,7 +89,7 @@ class _Csr(nn.Module):
         self.register_buffer("col", torch.zeros(nonzero, dtype=torch.int32))
         self.register_buffer("values", torch.zeros(nonzero))
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
-        self._cached: tuple[Tensor, Tensor, Tensor] | None = None
+        self._cached: _Operands | None = None
 
     def set_dense(self, matrix: Tensor, bias: Tensor | None) -> None:
         """Take the nonzero elements of a dense matrix, and a bias."""
@@ -104,16 +109,23 @@ class _Csr(nn.Module):
         """The weight as a dense matrix of shape (rows, columns)."""
         return self._operands()[0].to_dense()
 
-    def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(the sparse tensor, the bias as a vector, as a column), all sharing memory with the buffers."""
-        if self._cached is None:
-            with warnings.catch_warnings():  # torch says that CSR is in beta state, once in a process
-                warnings.filterwarnings("ignore", message="Sparse CSR tensor support|Sparse invariant checks")
-                weight = torch.sparse_csr_tensor(
-                    self.crow, self.col, self.values, self.matrix_shape, check_invariants=False
-                )
+    def _operands(self) -> _Operands:
+        """What the product takes, sharing memory with the buffers; made anew where these are others than before."""
+        cached, buffers = self._cached, self._buffers
+        if cached is not None and cached[3] is buffers["values"] and cached[4] is buffers["bias"]:
+            return cached
+        if self.values.device.type == "cpu" and self.values.dtype not in (torch.float32, torch.float64):
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot compute in {self.values.dtype} on the CPU: torch has no sparse product "
+                "for it. Convert the network before it is exported (its layers stay dense then), or export it with "
+                "form='masked' or 'compact'."
+            )
+        with torch.inference_mode(False), warnings.catch_warnings():  # torch says once that CSR is in beta state
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support|Sparse invariant checks")
+            parts = (self.crow, self.col, self.values)
+            weight = torch.sparse_csr_tensor(*parts, self.matrix_shape, check_invariants=False)
             bias = self.values.new_zeros(self.matrix_shape[0]) if self.bias is None else self.bias
-            self._cached = (weight, bias, bias.unsqueeze(1))
+            self._cached = (weight, bias, bias.unsqueeze(1), self.values, self.bias)
         return self._cached
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -126,6 +138,14 @@ class _Csr(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # sparse tensors cannot be copied deeply
+
+
+def _in_own_precision(layer: _Csr, x: Tensor) -> Tensor:
+    """What ``layer`` makes of ``x`` under autocast, whose type the result has: it is not the weights'."""
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False):
+        result: Tensor = layer(x.to(layer.values.dtype))
+    return result if result.dtype == torch.float64 else result.to(torch.get_autocast_dtype(kind))  # as dense layers
 
 
 class SparseLinear(_Csr):
@@ -159,7 +179,9 @@ class SparseLinear(_Csr):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*batch, in_features) to (*batch, out_features)."""
-        weight, bias, column = self._cached or self._operands()
+        if torch.is_autocast_enabled(x.device.type):
+            return _in_own_precision(self, x)
+        weight, bias, column, _, _ = self._operands()
         if x.dim() != 2:
             if x.dim() == 1:
                 return torch.addmv(bias, weight, x)
@@ -243,6 +265,8 @@ class SparseConv2d(_Csr):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ([batch,] in_channels, height, width) to ([batch,] out_channels, height', width')."""
+        if torch.is_autocast_enabled(x.device.type):
+            return _in_own_precision(self, x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         unpadded = x
@@ -256,7 +280,7 @@ class SparseConv2d(_Csr):
                 f"SparseConv2d: input of shape {tuple(x.shape)} (padded), but {self.in_channels} channels and at "
                 f"least the kernel {self.kernel_size} are needed"
             )
-        weight, _, column = self._operands()
+        weight, _, column, _, _ = self._operands()
         span = (rows - 1) * width + columns
         shape = (self.out_channels, -(-rows // self.stride[0]), -(-columns // self.stride[1]))
         offsets = self._run_starts(height, width)
@@ -277,6 +301,12 @@ class SparseConv2d(_Csr):
             steps = (span, count * span, width * self.stride[0], self.stride[1])
             result[first : first + count] = summed.as_strided((count, *shape), steps)
         return result
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out_channels, in_channels, *kernel_size), computed anew: for what reads it elsewhere."""
+        dense = self.values.new_zeros(self.out_channels, self.in_channels * math.prod(self.kernel_size))
+        return dense.index_copy(1, self.taps, self.matrix()).reshape(-1, self.in_channels, *self.kernel_size)
 
     def _run_starts(self, height: int, width: int) -> Tensor:
         """Where in the flattened image the run of each tap starts."""
@@ -352,7 +382,7 @@ ELEMENTWISE = (
 def sparsify(module: nn.Module, *, everywhere: bool = False) -> nn.Module:
     """Replace, in place, the ``nn.Linear`` and ``nn.Conv2d`` that are faster as sparse layers; returns the module.
 
-    Layers whose parameters are shared, or that are subclasses, stay as they are.
+    Layers whose parameters are shared, that are subclasses, or that have hooks stay as they are.
 
     :param everywhere: replace every layer of these types that the kernels support, faster or not.
     """
@@ -362,7 +392,8 @@ def sparsify(module: nn.Module, *, everywhere: bool = False) -> nn.Module:
             owners[id(param)] = owners.get(id(param), 0) + 1
     replaced: dict[int, nn.Module] = {}
     for child in list(module.modules()):
-        if all(owners[id(param)] == 1 for param in child._parameters.values() if param is not None):
+        alone = all(owners[id(param)] == 1 for param in child._parameters.values() if param is not None)
+        if alone and not has_hooks(child):
             new = _sparse_version(child, everywhere)
             if new is not None:
                 replaced[id(child)] = new.train(child.training)
@@ -376,6 +407,11 @@ def sparsify(module: nn.Module, *, everywhere: bool = False) -> nn.Module:
         if type(parent) is nn.Sequential:
             _keep_transposed(parent)
     return module
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True where something else reads or changes what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _sparse_version(layer: nn.Module, everywhere: bool) -> nn.Module | None:

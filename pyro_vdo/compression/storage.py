@@ -47,7 +47,7 @@ def save(module: nn.Module, path: str | os.PathLike[str], *, threshold: float | 
     :param path: the file; by custom ``.safetensors``.
     :param threshold: for the header, where ``module.export_info`` does not tell it.
     :returns: the size of the file in bytes.
-    :raises ExportFileError: if the file cannot be written, or the module has a state that is no tensor.
+    :raises ExportFileError: if the file cannot be written, or the module has an extra state.
     """
     target = Path(path)
     data = to_bytes(module, threshold)
@@ -84,7 +84,7 @@ def _named_values(module: nn.Module) -> dict[str, Any]:
     """What has to be stored by name: tensors, and for sparse matrices their CSR parts as one."""
     result: dict[str, Any] = {}
     state = module.state_dict()
-    for path, child in module.named_modules():
+    for path, child in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(child, SparseLinear | SparseConv2d):
             crow, col, values = (state.pop(prefix + part) for part in ("crow", "col", "values"))
@@ -93,9 +93,11 @@ def _named_values(module: nn.Module) -> dict[str, Any]:
             result[f"{prefix}taps"] = coding.Positions(state.pop(prefix + "taps"), _tap_count(child))
         if isinstance(child, Select):
             result[f"{prefix}index"] = coding.Positions(state.pop(prefix + "index"), child.features)
-    strange = sorted(name for name, value in state.items() if not isinstance(value, Tensor))
+    strange = [n for n, v in state.items() if not isinstance(v, Tensor) or n.rpartition(".")[2] == "_extra_state"]
     if strange:
-        raise ExportFileError(f"{strange} are no tensors, and a file of this kind holds nothing else")
+        raise ExportFileError(
+            f"{sorted(strange)} are neither parameters nor buffers, and a file of this kind holds nothing else"
+        )
     return {**state, **result}
 
 
@@ -208,7 +210,7 @@ def _brief(error: Exception) -> str:
 def _fill(module: nn.Module, values: dict[str, Any]) -> None:
     """Give every parameter and buffer of ``module`` its tensor; all names and shapes must fit exactly."""
     left = dict(values)
-    for path, child in module.named_modules():
+    for path, child in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(child, SparseLinear | SparseConv2d):
             _fill_csr(child, left.pop(f"{prefix}matrix", None), f"{prefix}matrix")
