@@ -186,8 +186,11 @@ def is_local(weight: Any, left: bool) -> bool:
 
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mv, Tensor.mv)
-_MATMUL_NAMES: dict[Any, tuple[str, ...]] = {torch.mm: ("input", "mat2"), torch.mv: ("input", "vec"),
-                                             torch.bmm: ("input", "mat2"), torch.dot: ("input", "tensor")}  # fmt: skip
+_MATMUL_NAMES: dict[Any, tuple[str, ...]] = {
+    getattr(owner, name): ("input", second)
+    for name, second in (("mm", "mat2"), ("mv", "vec"), ("bmm", "mat2"), ("dot", "tensor"))
+    for owner in (torch, Tensor)
+}
 
 
 @register_rule(torch.addmm, Tensor.addmm, torch.addmv, Tensor.addmv, torch.baddbmm, Tensor.baddbmm)

@@ -330,7 +330,7 @@ def matmul(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 @register_rule(*VIEWS, family=CorrelatedWeight, exact=True)
 def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Views that leave whole rows and repeat none; others are drawn."""
-    weight, *rest = args
+    weight, *rest = args or (None,)
     if not is_correlated(weight) or any(isinstance(leaf, Undrawn) for leaf in rest):
         return NotImplemented
 
@@ -352,7 +352,7 @@ def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 @register_rule(*CASTS, family=CorrelatedWeight, exact=True)
 def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Casts, moves and copies leave each element where it is."""
-    weight, *rest = args
+    weight, *rest = args or (None,)
     if not is_correlated(weight) or rest or kwargs:
         return NotImplemented
     loc = func(weight.loc)
