@@ -167,8 +167,8 @@ def matmul(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 def matmul_operands(func: Any, args: Arguments, kwargs: dict[str, Any]) -> tuple[Any, Any, bool, Any] | None:
     """(data, weight, whether the weight is on the left, product(data, weight)); None unless one operand is undrawn."""
     a, b = args if len(args) == 2 else bind(_MATMUL_NAMES.get(func, ("input", "other")), args, kwargs)
-    if isinstance(a, Undrawn) == isinstance(b, Undrawn):
-        return None
+    if isinstance(a, Undrawn) == isinstance(b, Undrawn) or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return None  # an array of numpy is refused by torch
     if isinstance(a, Undrawn):
         return b, a, func is not Tensor.__rmatmul__, lambda x, w: func(w, x)
     return a, b, func is Tensor.__rmatmul__, func
