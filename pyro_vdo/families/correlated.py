@@ -94,7 +94,8 @@ class CorrelatedWeight(Undrawn):
 
     def expected_log_law(self) -> Tensor:
         """E log q(w_i | w_1 ... w_i-1) = -log conditional scale - (1 + log 2 pi) / 2, elementwise."""
-        return -fused.widened(self._law.log_conditional) - fused.ENTROPY_CONSTANT
+        log_law = -fused.widened(self._law.log_conditional) - fused.ENTROPY_CONSTANT
+        return log_law if self._law.kept is None else log_law * self._law.kept
 
     def marginal(self) -> GaussianWeight:
         """The same weight as far as one element at a time is concerned, for expected densities."""
