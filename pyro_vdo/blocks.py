@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vdo.numerics import fused
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight
 
@@ -92,9 +91,8 @@ class BlockWeight(GaussianWeight):
         return self.alive.spread(out, bias, self.loc.shape[0], -spatial - 1)
 
     def expected_log_law_sum(self, event_dim: int) -> Tensor:
-        """E log q(w) summed over the event dimensions; pruned weights count as Normal(0, 1), as for the prior."""
-        pruned = self.loc.numel() - self.part.loc.numel()
-        return self.part.expected_log_law_sum(event_dim) - pruned * fused.ENTROPY_CONSTANT
+        """E log q(w) summed over the event dimensions; pruned weights have no part in it."""
+        return self.part.expected_log_law_sum(event_dim)
 
     def log_uniform_kl_sum(self, event_dim: int) -> Tensor | None:
         """The exact KL to the log-uniform prior, of the block: that of the other weights is 0."""

@@ -167,8 +167,8 @@ def matmul(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 def matmul_operands(func: Any, args: Arguments, kwargs: dict[str, Any]) -> tuple[Any, Any, bool, Any] | None:
     """(data, weight, whether the weight is on the left, product(data, weight)); None unless one operand is undrawn."""
     a, b = args if len(args) == 2 else bind(_MATMUL_NAMES.get(func, ("input", "other")), args, kwargs)
-    if isinstance(a, Undrawn) == isinstance(b, Undrawn):
-        return None
+    if isinstance(a, Undrawn) == isinstance(b, Undrawn) or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return None  # an array of numpy is refused by torch
     if isinstance(a, Undrawn):
         return b, a, func is not Tensor.__rmatmul__, lambda x, w: func(w, x)
     return a, b, func is Tensor.__rmatmul__, func
@@ -186,8 +186,11 @@ def is_local(weight: Any, left: bool) -> bool:
 
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mv, Tensor.mv)
-_MATMUL_NAMES: dict[Any, tuple[str, ...]] = {torch.mm: ("input", "mat2"), torch.mv: ("input", "vec"),
-                                             torch.bmm: ("input", "mat2"), torch.dot: ("input", "tensor")}  # fmt: skip
+_MATMUL_NAMES: dict[Any, tuple[str, ...]] = {
+    getattr(owner, name): ("input", second)
+    for name, second in (("mm", "mat2"), ("mv", "vec"), ("bmm", "mat2"), ("dot", "tensor"))
+    for owner in (torch, Tensor)
+}
 
 
 @register_rule(torch.addmm, Tensor.addmm, torch.addmv, Tensor.addmv, torch.baddbmm, Tensor.baddbmm)

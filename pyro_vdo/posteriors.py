@@ -75,6 +75,11 @@ class FactorizedNormal(dist.Normal):
         self._scale = value
 
     @property
+    def stddev(self) -> Tensor:
+        """Standard deviation of the samples: ``scale``, and 0 for pruned weights."""
+        return self.scale if self.kept is None else self.scale * self.kept
+
+    @property
     def log_alpha(self) -> Tensor:
         """log(scale^2 / loc^2), elementwise; inf where loc = 0."""
         log_scale = self.scale.log() if self._log_scale is None else self._log_scale
@@ -127,6 +132,10 @@ class FactorizedNormal(dist.Normal):
             return PrunedNormal(self.loc, scale, self.kept)
         return DrawnNormal(self.loc, scale, validate_args=False)
 
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantiles; 0 for pruned weights."""
+        return self.drawn().icdf(value)  # type: ignore[no-any-return]
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at real numbers; at an undrawn weight minus its entropy, elementwise."""
         if not isinstance(value, Undrawn):
@@ -168,6 +177,11 @@ class PrunedNormal(DrawnNormal):
         """The same distribution over a larger batch."""
         shape = torch.Size(batch_shape)
         return PrunedNormal(self.loc.expand(shape), self.scale.expand(shape), self.kept.expand(shape))
+
+    @property
+    def stddev(self) -> Tensor:
+        """Standard deviation; 0 for the pruned weights."""
+        return self.scale * self.kept
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Real numbers, 0 for the pruned weights."""

@@ -98,6 +98,10 @@ class WeightPrior(TorchDistribution):
         """Where a guide starts without a pretrained value: Normal(0, 1/fan_in) noise, as there is nothing to sample."""
         return torch.randn(shape) / math.sqrt(max(shape[-1] if shape else 1, 1))
 
+    def _wide(self) -> Tensor:
+        """An empty tensor on the device of the weights, in their dtype or float32, as half precision cuts the tails."""
+        return torch.empty(0) if self.like is None else fused.widened(self.like.new_empty(0))
+
     def rsample(self, sample_shape: Any = ()) -> NoReturn:
         """Refused: an improper prior has no samples."""
         self._refuse()

@@ -139,7 +139,10 @@ class GaussianWeight(Undrawn):
             else:
                 total = fused.widened(fused.unrepeated(self._log_scale)).sum(dims)
                 shape = self.loc.shape
-                total = -total - math.prod(shape[-event_dim:]) * fused.ENTROPY_CONSTANT
+                count: Any = math.prod(shape[-event_dim:])
+                if self.kept is not None:  # the log scale of the others is 0
+                    count = fused.unrepeated(self.kept).sum(dims)
+                total = -total - count * fused.ENTROPY_CONSTANT
                 self._expected_log_law_sum = total.expand(shape[:-event_dim])
         return self._expected_log_law_sum
 
@@ -184,7 +187,8 @@ class GaussianWeight(Undrawn):
         batch = self.loc.shape[: self.loc.dim() - self.event_dim]
         if batch:
             kl, log_law = kl.expand(batch), log_law.expand(batch)
-        self._expected_log_law_sum = log_law
+        if self._expected_log_law_sum is None:  # model and guide count the same
+            self._expected_log_law_sum = log_law
         return kl
 
     def elementwise_kl_sum(self, prior: Any, event_dim: int) -> Tensor | None:
@@ -220,10 +224,11 @@ class GaussianWeight(Undrawn):
         return law
 
     def expected_log_law(self) -> Tensor:
-        """E log q(w) = -log scale - (1 + log 2 pi) / 2, elementwise."""
+        """E log q(w) = -log scale - (1 + log 2 pi) / 2, elementwise; 0 for pruned weights."""
         if self._expected_log_law is None:
             log_scale = self.law_scale.log() if self._log_scale is None else self._log_scale
-            self._expected_log_law = -fused.widened(log_scale) - fused.ENTROPY_CONSTANT
+            law = -fused.widened(log_scale) - fused.ENTROPY_CONSTANT
+            self._expected_log_law = law if self.kept is None else law * self.kept
         return self._expected_log_law
 
     def sample(self) -> Tensor:

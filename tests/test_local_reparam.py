@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -299,6 +300,11 @@ def test_a_map_of_the_users_own_in_a_few_lines() -> None:
 def test_two_undrawn_operands_are_drawn_once_each() -> None:
     a, b = undrawn(torch.zeros(4, 3), torch.ones(4, 3), "a"), undrawn(torch.zeros(3, 2), torch.ones(3, 2), "b")
     torch.testing.assert_close(a @ b, a.draw() @ b.draw())
+
+
+def test_arrays_of_numpy_are_refused() -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        np.ones((5, 3), dtype=np.float32) @ undrawn(torch.zeros(3, 2), torch.ones(3, 2))
 
 
 def test_latent_codes_of_a_plate_are_drawn() -> None:

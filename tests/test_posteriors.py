@@ -109,3 +109,13 @@ def test_in_a_guide_written_by_hand() -> None:
         svi.step(x, y)
     assert set(kinds) == {GaussianWeight}
     torch.testing.assert_close(pyro.param("loc").detach(), torch.tensor([1.0, 0.0, -2.0]), atol=0.05, rtol=0)
+
+
+def test_pruned_weights_have_no_spread() -> None:
+    loc, kept = torch.tensor([1.0, 0.0]), torch.tensor([True, False])
+    q = vdo.FactorizedNormal(loc, torch.tensor([0.5, 1.0]), kept=kept)
+    for each in (q, q.drawn(), q.expand([2]), q.to_event(1)):
+        torch.testing.assert_close(each.stddev, torch.tensor([0.5, 0.0]))
+        torch.testing.assert_close(each.variance, torch.tensor([0.25, 0.0]))
+    for law in (q, q.drawn()):
+        torch.testing.assert_close(law.icdf(torch.tensor(0.9))[1], torch.tensor(0.0))

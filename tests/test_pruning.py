@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import ELBO, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
@@ -177,3 +178,12 @@ def test_bad_masks_and_thresholds() -> None:
         problem.guide.prune(math.nan)
     with pytest.raises(RuntimeError, match="setup"):
         vdo.AutoFactorizedNormal(problem.model).prune()
+
+
+@pytest.mark.parametrize("prior", [dist.Normal(0.0, 0.5), vdo.ScaledNormal(torch.tensor(0.5)), vdo.LogUniform()])
+def test_the_loss_of_drawn_and_undrawn_weights_is_the_same(prior: Any) -> None:
+    """Pruned weights count their density under a Normal of torch, and nothing else."""
+    problem = Problem(*linear(), prior, init_scale=1e-6)  # almost no noise: the losses are numbers
+    expected = problem.losses(Trace_ELBO())[0]
+    problem.guide.eval()
+    assert problem.losses(Trace_ELBO(num_particles=200))[0] == pytest.approx(expected, rel=1e-2)

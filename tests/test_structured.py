@@ -227,3 +227,14 @@ def test_scaling_leaves_the_log_uniform_prior_as_it_is():
     for c in (0.3, 7.0):
         difference = vdo.LogUniform().log_prob(w) - vdo.LogUniform().log_prob(c * w) - math.log(c)
         torch.testing.assert_close(difference, torch.zeros_like(difference), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_samples_have_the_type_of_the_weights_and_a_finite_density(dtype: torch.dtype) -> None:
+    prior = vdo.TruncatedLogUniform(-4.0, 1.0)
+    prior.like = torch.empty(0, dtype=dtype)
+    near_the_end = vdo.TruncatedLogNormal(torch.tensor(1.0, dtype=dtype), torch.tensor(0.01, dtype=dtype), -4.0, 1.0)
+    for value in (prior.expand([20_000]).sample(), near_the_end.sample((2_000,))):
+        assert value.dtype is dtype
+        assert bool(prior.log_prob(value).isfinite().all())
+    assert prior.log_prob(torch.tensor(3.5, dtype=dtype)) == -math.inf

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyro_vdo as vdo
+from pyro_vdo.undrawn import Undrawn
 from tests.contract import undrawn, weight
 
 
@@ -174,3 +175,30 @@ def test_activation_checkpointing_is_refused(reentrant: bool) -> None:
 
     with pytest.raises(RuntimeError, match="Activation checkpointing"):
         classifier(forward)()
+
+
+KEYWORD_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "neg": lambda w: torch.neg(input=w),
+    "clone": lambda w: torch.clone(input=w),
+    "reshape": lambda w: torch.reshape(input=w, shape=(2, 6)),
+    "square": lambda w: torch.square(input=w),
+    "pow": lambda w: torch.pow(input=w, exponent=2),
+    "mm": lambda w: w.mm(mat2=torch.eye(3)),
+    "mv": lambda w: w.mv(vec=torch.ones(3)),
+    "dot": lambda w: w[0].dot(tensor=torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("family", ["factorized", "correlated", "noise"])
+@pytest.mark.parametrize("name", KEYWORD_CALLS)
+def test_arguments_may_be_given_by_name(name: str, family: str) -> None:
+    loc, scale = torch.rand(4, 3) + 0.5, torch.full((4, 3), 1e-9)
+    q: Any = {
+        "factorized": vdo.FactorizedNormal(loc, scale),
+        "correlated": vdo.CorrelatedNormal(loc, 1e-9 * torch.eye(3).expand(4, 3, 3)),
+        "noise": vdo.TruncatedLogNormal(loc.log(), scale, -5.0, 5.0, undrawn=True),
+    }[family]
+    call = KEYWORD_CALLS[name]
+    out: Any = call(q.to_event(2).rsample())
+    out = out.draw() if isinstance(out, Undrawn) else out
+    torch.testing.assert_close(out, call(loc))

@@ -262,3 +262,19 @@ def test_compact_export_removes_inputs_of_a_group():
     assert compact[0].weight.shape == (5, 5)
     assert compact[2].weight.shape == (6, 5)
     torch.testing.assert_close(compact(x), vdo.export(bayesian, guide, form="masked")(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictions_of_a_network_in_bfloat16(parallel: bool) -> None:
+    layers = vdo.add_unit_noise(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).bfloat16())
+    net = vdo.to_bayesian(layers, {vdo.UnitNoise: vdo.TruncatedLogUniform()})
+
+    def model(x: torch.Tensor) -> None:
+        mean = net(x).squeeze(-1)
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(mean, 1.0))
+
+    x = torch.randn(5, 3, dtype=torch.bfloat16)
+    assert Predictive(model, num_samples=2, parallel=parallel)(x)["y"].shape == (2, 5)
+    guide = vdo.AutoFactorizedNormal(model).setup(x)
+    assert Predictive(model, guide=guide, num_samples=2, parallel=parallel)(x)["y"].shape == (2, 5)

@@ -94,7 +94,8 @@ class CorrelatedWeight(Undrawn):
 
     def expected_log_law(self) -> Tensor:
         """E log q(w_i | w_1 ... w_i-1) = -log conditional scale - (1 + log 2 pi) / 2, elementwise."""
-        return -fused.widened(self._law.log_conditional) - fused.ENTROPY_CONSTANT
+        log_law = -fused.widened(self._law.log_conditional) - fused.ENTROPY_CONSTANT
+        return log_law if self._law.kept is None else log_law * self._law.kept
 
     def marginal(self) -> GaussianWeight:
         """The same weight as far as one element at a time is concerned, for expected densities."""
@@ -330,7 +331,7 @@ def matmul(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 @register_rule(*VIEWS, family=CorrelatedWeight, exact=True)
 def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Views that leave whole rows and repeat none; others are drawn."""
-    weight, *rest = args
+    weight, *rest = args or (None,)
     if not is_correlated(weight) or any(isinstance(leaf, Undrawn) for leaf in rest):
         return NotImplemented
 
@@ -352,7 +353,7 @@ def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 @register_rule(*CASTS, family=CorrelatedWeight, exact=True)
 def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Casts, moves and copies leave each element where it is."""
-    weight, *rest = args
+    weight, *rest = args or (None,)
     if not is_correlated(weight) or rest or kwargs:
         return NotImplemented
     loc = func(weight.loc)

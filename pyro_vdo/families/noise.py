@@ -217,7 +217,7 @@ _PROPERTIES = [getattr(Tensor, name).__get__ for name in ["data"]]
                family=UndrawnNoise)  # fmt: skip
 def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A view of the units in their order; every other view, and a cast, is one of a drawn noise."""
-    noise = args[0]
+    noise = args[0] if args else None
     if not isinstance(noise, UndrawnNoise):
         return NotImplemented
     probe = torch.empty(noise.shape, dtype=noise.dtype, device="meta")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_vdo.numerics import fused
 from pyro_vdo.priors import WeightPrior
 from pyro_vdo.special import EULER_GAMMA, LOG_SQRT_2PI
 
@@ -41,10 +40,6 @@ class NormalScaleMixture(WeightPrior):
     def draw_scale(self, shape: torch.Size) -> Tensor:
         """Scales from the mixing distribution."""
         raise NotImplementedError
-
-    def _wide(self) -> Tensor:
-        """An empty tensor on the device of the weights, in their dtype or float32, as half precision cuts the tails."""
-        return torch.empty(0) if self.like is None else fused.widened(self.like.new_empty(0))
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:  # type: ignore[override]
         """A scale, and a Normal of it."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
 from pyro_vdo.families.noise import UndrawnNoise
-from pyro_vdo.numerics import truncated, truncated_normal
+from pyro_vdo.numerics import fused, truncated, truncated_normal
 from pyro_vdo.posteriors import UndrawnEvent, _same
 from pyro_vdo.priors import WeightPrior
 from pyro_vdo.special import LOG_SQRT_2PI
@@ -51,13 +51,24 @@ class TruncatedLogUniform(WeightPrior):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> TruncatedLogUniform:
         """The prior over a tensor of shape ``batch_shape``."""
-        return TruncatedLogUniform(self.a, self.b, batch_shape=torch.Size(batch_shape))
+        expanded = TruncatedLogUniform(self.a, self.b, batch_shape=torch.Size(batch_shape))
+        expanded.like = self.like
+        return expanded
 
     def log_density(self, value: Tensor) -> Tensor:
         """-log theta - log(b - a) inside of the interval, -inf outside."""
+        return self._log_density(value, value.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density at real numbers; expected log density at undrawn noise, elementwise."""
+        if not isinstance(value, Undrawn) and fused.is_half(value):
+            return self._log_density(value.float(), value.dtype)
+        return super().log_prob(value)
+
+    def _log_density(self, value: Tensor, rounded_to: torch.dtype) -> Tensor:
         log_value = value.log()
         # The ends belong to the interval, and may be an ulp away after exp and log.
-        slack = 4 * torch.finfo(value.dtype).eps * max(abs(self.a), abs(self.b), 1.0)
+        slack = 4 * torch.finfo(rounded_to).eps * max(abs(self.a), abs(self.b), 1.0)
         inside = (log_value >= self.a - slack) & (log_value <= self.b + slack)
         return torch.where(inside, -log_value - math.log(self.b - self.a), -torch.inf)
 
@@ -67,7 +78,9 @@ class TruncatedLogUniform(WeightPrior):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:  # type: ignore[override]
         """exp(a + (b - a) u) with u uniform."""
-        return (self.a + (self.b - self.a) * torch.rand(self._extended_shape(torch.Size(sample_shape)))).exp()
+        uniform = self._wide().new_empty(self._extended_shape(torch.Size(sample_shape))).uniform_()
+        value = (self.a + (self.b - self.a) * uniform).exp()
+        return value if self.like is None else value.to(self.like)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """As :meth:`rsample`."""

@@ -83,7 +83,7 @@ def iterate(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Iterator[Gaus
 @register_rule(*CASTS, exact=True)
 def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Casts, moves and copies leave each element where it is."""
-    weight, *rest = args
+    weight, *rest = args or (None,)  # torch.clone(input=w)
     if not isinstance(weight, GaussianWeight) or any(is_gaussian(a) for a in rest):
         return NotImplemented
 
@@ -130,6 +130,8 @@ def scaling(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 @register_rule(torch.neg, Tensor.neg, Tensor.__neg__, torch.negative, Tensor.negative, exact=True)
 def negative(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """-w."""
+    if len(args) != 1 or kwargs:
+        return NotImplemented
     (weight,) = args
     return weight.derived(-weight.loc, weight.scale, torch.neg, event_dim=weight.event_dim)
 
@@ -160,8 +162,10 @@ def shift(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 @register_rule(torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square, exact=True)
 def square(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """w^2 inside of ``Normal.log_prob`` is E w^2 = loc^2 + scale^2: the expected log density of a Normal prior."""
+    if kwargs:
+        return NotImplemented
     squares = len(args) == 1 or (is_gaussian(args[0]) and isinstance(args[1], int | float) and args[1] == 2)
-    if kwargs or not squares or not _compat.normal_density_is_asked():
+    if not squares or not _compat.normal_density_is_asked():
         return NotImplemented
     weight = args[0]
     return weight.loc.square() + weight.variance
