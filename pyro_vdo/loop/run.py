@@ -223,8 +223,8 @@ class Run(Resumable):
                 self._explain(error)
                 raise
         self._params = objective.named_parameters(capture)
-        if not self._params:
-            raise ValueError("fit: neither model nor guide has a parameter to train")
+        if not any(param.requires_grad for param in self._params.values()):
+            raise ValueError("fit: neither model nor guide has a parameter to train, one with requires_grad")
         # A Python number stays one: float32 ends at 3e38.
         parts = value if isinstance(value, tuple) else (value,)
         return sum(float(part.detach() if isinstance(part, Tensor) else part) for part in parts)
