@@ -155,6 +155,9 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
 
 def _check_keys(priors: Mapping[Any, Prior], candidates: Iterable[str], net: nn.Module) -> None:
     known = {*candidates, *(path for path, _ in net.named_modules())}
+    odd = [key for key in priors if not isinstance(key, (str, type))]
+    if odd:
+        raise TypeError(f"to_bayesian: priors are given by parameter name, module name or layer type, not by {odd}")
     unknown = [key for key in priors if isinstance(key, str) and key not in known]
     if unknown:
         raise ValueError(
