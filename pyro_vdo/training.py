@@ -148,8 +148,8 @@ def _check(settings: Settings, guide: Any) -> None:
         raise ValueError(f"fit: clip_grad must be > 0, not {settings.clip_grad}")
     if settings.prune is not None and not hasattr(guide, "prune"):
         raise ValueError(
-            f"fit: prune needs a guide with prune(threshold), not {type(guide).__name__}. If a part of it has one, write "
-            "callbacks=[lambda run: part.prune(3.0)] in its place."
+            f"fit: prune needs a guide with prune(threshold), not {type(guide).__name__}. If a part of it has one, "
+            "write callbacks=[lambda run: part.prune(3.0)] in its place."
         )
     weights = (
         {settings.kl_weight(epoch) for epoch in range(settings.epochs)} if _compat.is_compiled(settings.loss) else ()
