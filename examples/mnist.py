@@ -209,10 +209,10 @@ class Program:
         """Error of the mean network, pruned at ``threshold``."""
         return error(vdo.export(self.net, self.guide, "masked", threshold=threshold), x, y)
 
-    def choose_threshold(self, x: Tensor, y: Tensor) -> tuple[float, list[dict[str, float]]]:
+    def choose_threshold(self, x: Tensor, y: Tensor) -> tuple[float, list[dict[str, Any]]]:
         """The lowest threshold whose validation error is within the tolerance of the best one."""
-        errors = {t: self.error(t, x, y) if len(x) else math.nan for t in self.thresholds}
-        choices = [{"threshold": t, "val_error": value} for t, value in errors.items()]
+        errors = {t: self.error(t, x, y) for t in self.thresholds} if len(x) else {}
+        choices: list[dict[str, Any]] = [{"threshold": t, "val_error": errors.get(t)} for t in self.thresholds]
         if not self.recipe["structured"]:
             choices = [c | {"compression": vdo.sparsity(self.guide, c["threshold"]).compression} for c in choices]
         if len(choices) == 1:

@@ -59,6 +59,7 @@ def _claim(owner: nn.Module, name: str, param: nn.Parameter) -> str:
         return known
     candidate, number = name, 1
     while candidate in store._params and _OWNERS.get(candidate, owner) is not owner:
+        _warn_of_foreign(candidate, store._params[candidate])
         number += 1
         candidate = f"{name}/{number}"
     stale = store._params.get(candidate)
@@ -123,6 +124,7 @@ def put_parameters(entries: Iterable[StoreEntry]) -> None:
         store._constraints[name] = constraint
         if owner is not None:
             _OWNERS[name] = owner
+            _OURS[name] = weakref.ref(value)  # type: ignore[arg-type]  # an owner has nn.Parameters
 
 
 def is_compiled(loss: Any) -> bool:
@@ -153,8 +155,13 @@ def module_context(module: PyroModule) -> Any:
 
 
 def full_name(module: PyroModule, name: str) -> str:
-    """The name that Pyro gives to attribute ``name`` of ``module``."""
-    return module._pyro_get_fullname(name)
+    """The name that Pyro gives to attribute ``name`` of ``module``, before its first call as well."""
+    return f"{module._pyro_name}.{name}" if module._pyro_name else name
+
+
+def is_read_beside_a_call(module: PyroModule) -> bool:
+    """Whether an attribute of ``module`` is read in a model, but not within a call of the network or its owner."""
+    return runtime.am_i_wrapped() and not module._pyro_context.active
 
 
 def root_name(module: PyroModule) -> str:

@@ -41,7 +41,13 @@ class WeightDeclaration:
 
     def __call__(self, module: Any) -> Any:
         pretrained = _compat.get_buffer(module, self.attribute)
-        _check_plates(_compat.full_name(module, self.attribute))
+        name = _compat.full_name(module, self.attribute)
+        if _compat.is_read_beside_a_call(module):  # Pyro would give a draw of the prior that no guide knows of
+            raise ValueError(
+                f"weight '{name}' is read in the model beside a call of its network, where it is no site. Read it in "
+                "the forward of the network, or of a PyroModule that has the network as an attribute and is the model."
+            )
+        _check_plates(name)
         if isinstance(self.prior, HierarchicalNormal):  # another scale at each call
             return self._of_whole(module, pretrained, self.prior.at(module, self.attribute, pretrained))
         if self._known is None or self._known.pretrained is not pretrained:  # another device or dtype

@@ -238,8 +238,9 @@ def _make_plain(module: PyroModule, path: str, values: Values) -> None:
     plain = plain_class(type(module))
     if plain is nn.Module and type(module).forward is not nn.Module.forward:
         raise ExportError(
-            f"'{path}' is a {type(module).__name__}, which derives from PyroModule and has no plain class behind it. "
-            "Write it as a torch.nn.Module and convert it with to_bayesian, then its own class can be exported."
+            f"{repr(path) if path else 'the network'} is a {type(module).__name__}, which derives from PyroModule and "
+            "has no plain class behind it. Write it as a torch.nn.Module and convert it with to_bayesian, then its own "
+            "class can be exported."
         )
     sampled = _compat.sampled_names(module)
     constrained = {name: getattr(module, name).detach().clone() for name in _compat.constrained_names(module)}

@@ -185,9 +185,10 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_empty(args, kwargs)
         try:
-            with torch.no_grad():
-                super()._setup_prototype(*args, **kwargs)
-            self._setup_sites()
+            with torch.inference_mode(False):  # or the parameters could not be trained later
+                with torch.no_grad():
+                    super()._setup_prototype(*args, **kwargs)
+                self._setup_sites()
         except BaseException as error:
             self.prototype_trace = None  # a second call starts over
             if isinstance(error, ValueError):

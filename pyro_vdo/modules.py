@@ -174,6 +174,9 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
 
 def _check_keys(priors: Mapping[Any, Prior], candidates: Iterable[str], net: nn.Module) -> None:
     known = {*candidates, *(path for path, _ in net.named_modules())}
+    odd = [key for key in priors if not isinstance(key, (str, type))]
+    if odd:
+        raise TypeError(f"to_bayesian: priors are given by parameter name, module name or layer type, not by {odd}")
     unknown = [key for key in priors if isinstance(key, str) and key not in known]
     if unknown:
         raise ValueError(
@@ -223,6 +226,14 @@ def _check_tied(net: nn.Module, chosen: Iterable[str]) -> None:
 _PRINTING: ContextVar[bool] = ContextVar("pyro_vdo_printing", default=False)
 
 
+_TWICE = (
+    "Either two networks of the model have sites of one name: give one a prefix, to_bayesian(net, prior, "
+    "name='decoder'). Or the model calls one network twice, which samples its weights at each call: make both calls "
+    "in the forward of one module that is converted as a whole, or of a PyroModule that has the network as an "
+    "attribute and is the model."
+)
+
+
 class BayesianModule(PyroModule):
     """Mixin of every module that ``to_bayesian`` returns: its parameters are never shared by name (see _compat)."""
 
@@ -240,7 +251,12 @@ class BayesianModule(PyroModule):
                 "does so: it runs a layer again, which would meet another draw of its weights. Checkpoint only parts "
                 "of the network that have no random weights."
             )
-        value = super().__getattr__(name)
+        try:
+            value = super().__getattr__(name)
+        except RuntimeError as error:
+            if "Multiple sample sites" in str(error):
+                error.args = (f"{error}\n{_TWICE}", *error.args[1:])
+            raise
         if isinstance(value, Tensor) and not isinstance(value, Undrawn):
             pretrained = self.__dict__["_buffers"].get(name)
             if pretrained is not None and value.dim() > pretrained.dim():

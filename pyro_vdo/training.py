@@ -107,15 +107,24 @@ def fit(
         clip_grad, tuple(callbacks), dict(state or {}), progress, seed,
     )  # fmt: skip
     _check(settings, guide)
+    if not torch.is_grad_enabled():
+        raise RuntimeError("fit: gradients are switched off; call it outside of torch.no_grad and inference_mode")
     return Run(model, guide, data, settings).go()
 
 
-def _schedule(value: float | Schedule, name: str) -> Schedule:
-    if callable(value):
-        return value
-    if not float(value) >= 0 and name != "prune":
+def _schedule(value: Any, name: str) -> Schedule:
+    if callable(value) and not isinstance(value, type):
+        return value  # type: ignore[no-any-return]
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        torchs = " Schedulers of torch go into a Pyro optimizer, optim=pyro.optim.ExponentialLR({...})."
+        raise TypeError(
+            f"fit: {name} must be a number or a function of the number of epochs done, such as linear_decay(epochs), "
+            f"not {value!r}.{torchs if name == 'lr_schedule' else ''}"
+        ) from error
+    if not number >= 0 and name != "prune":
         raise ValueError(f"fit: {name} must be >= 0, not {value}")
-    number = float(value)
     return lambda epoch: number
 
 
@@ -138,7 +147,10 @@ def _check(settings: Settings, guide: Any) -> None:
     if settings.clip_grad is not None and not settings.clip_grad > 0:
         raise ValueError(f"fit: clip_grad must be > 0, not {settings.clip_grad}")
     if settings.prune is not None and not hasattr(guide, "prune"):
-        raise ValueError(f"fit: prune needs a guide with prune(threshold), not {type(guide).__name__}")
+        raise ValueError(
+            f"fit: prune needs a guide with prune(threshold), not {type(guide).__name__}. If a part of it has one, "
+            "write callbacks=[lambda run: part.prune(3.0)] in its place."
+        )
     weights = (
         {settings.kl_weight(epoch) for epoch in range(settings.epochs)} if _compat.is_compiled(settings.loss) else ()
     )

@@ -151,6 +151,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         Case().fit(epochs=2, checkpoint=path, seed=4)
     with pytest.raises(vdo.CheckpointError, match="optimizer was '_adam', is 'SGD'"):
         Case().fit(epochs=2, checkpoint=path, optim=torch.optim.SGD, lr=0.1)
+    with pytest.raises(vdo.CheckpointError, match=r"learning rate at the start was 0\.001, is 0\.01; .*lr_schedule"):
+        Case().fit(epochs=2, checkpoint=path, lr=0.01)
     with pytest.raises(vdo.CheckpointError, match=r"does not fit: .*the parameters are now"):
         Case(batch_norm=False).fit(epochs=2, checkpoint=path)
     with pytest.raises(vdo.CheckpointError, match="objects in state= are"):
@@ -158,6 +160,28 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     assert len(Case().fit(epochs=2, checkpoint=path, seed=4, resume=False)) == 2
     with pytest.raises(vdo.CheckpointError, match="does not exist, and resume=True"):
         Case().fit(epochs=1, checkpoint=tmp_path / "none", resume=True)
+
+
+def clipped(lr: float) -> Any:
+    return pyro.optim.ClippedAdam({"lr": lr, "lrd": 0.9})
+
+
+def decaying(lr: float) -> Any:
+    return pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "gamma": 0.5})
+
+
+def joint(lr: float) -> Any:
+    return vdo.JointOptim(torch.optim.Adam, {"lr": lr})
+
+
+@pytest.mark.parametrize("schedule", [None, vdo.linear_decay(10)])
+@pytest.mark.parametrize("make", [clipped, decaying, joint])
+def test_another_learning_rate_of_an_optimizer_of_pyro_is_refused(make: Any, schedule: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    Case().fit(epochs=2, checkpoint=path, optim=make(0.01), lr_schedule=schedule)
+    assert len(Case().fit(epochs=3, checkpoint=path, optim=make(0.01), lr_schedule=schedule)) == 3
+    with pytest.raises(vdo.CheckpointError, match=r"learning rate at the start was 0\.01, is 0\.02; give 0\.01 again"):
+        Case().fit(epochs=4, checkpoint=path, optim=make(0.02), lr_schedule=schedule)
 
 
 def test_checkpoint_every_few_epochs(tmp_path: Path) -> None:

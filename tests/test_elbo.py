@@ -29,6 +29,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
+from pyro.nn import PyroModule, PyroSample
 from scipy.integrate import quad
 from scipy.special import dawsn
 from torch import Tensor, nn
@@ -438,3 +439,19 @@ def test_predictive_uses_joint_samples() -> None:
         weight = samples["weight"].reshape(6, 2, 3)
         expected = torch.stack([F.linear(x, w, net.bias) for w in weight])
         torch.testing.assert_close(samples["out"].reshape(6, 5, 2), expected.detach())
+
+
+def test_jit_with_a_linear_layer_of_pyro() -> None:
+    net = PyroModule[torch.nn.Linear](3, 1)
+    net.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+    net.bias = PyroSample(dist.Normal(0.0, 10.0).expand([1]).to_event(1))
+    x, y = torch.randn(20, 3), torch.randn(20)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        mean = net(x).squeeze(-1)
+        with pyro.plate("data", 20):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    guide = vdo.AutoFactorizedNormal(model, init_scale=1e-8)
+    losses = [elbo.loss(model, guide, x, y) for elbo in (Trace_ELBO(), JitTrace_ELBO(ignore_jit_warnings=True))]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

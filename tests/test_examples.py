@@ -159,6 +159,16 @@ def test_mnist_program_and_the_verifier(
     assert verifier.main(["--data", str(digits_as_mnist), "--results", str(digits_as_mnist)]) == 1
 
 
+def test_records_are_json_for_everyone() -> None:
+    program = importlib.import_module("mnist")
+    x, y = torch.rand(2, 1, 28, 28), torch.tensor([0, 1])
+    trained = program.Program(program.parse(["--network", "lenet-300-100"]).recipe, 2, torch.device("cpu"))
+    trained.guide.setup(x, y)
+    json.dumps(trained.choose_threshold(x[:0], y[:0]), allow_nan=False)
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        json.loads(path.read_text(), parse_constant=lambda constant, path=path: pytest.fail(f"{path.name}: {constant}"))
+
+
 def test_mnist_program_resumes_bit_equal(
     digits_as_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

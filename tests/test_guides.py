@@ -73,6 +73,17 @@ def test_discrete_sites_are_named() -> None:
         vdo.AutoFactorizedNormal(model).setup(X)
 
 
+@pytest.mark.parametrize("guide", [vdo.AutoFactorizedNormal, vdo.AutoGaussianDropout, vdo.AutoCorrelatedNormal])
+def test_a_guide_that_is_set_up_in_inference_mode_trains(guide: Any) -> None:
+    setup = Setup()
+    guide = guide(setup.model)
+    with torch.inference_mode():
+        guide.setup(X.clone(), Y)
+    before = guide.median()["0.weight"]
+    vdo.fit(setup.model, guide, [(X, Y)], epochs=1, progress=False)
+    assert not torch.equal(guide.median()["0.weight"], before)
+
+
 def test_load_state_dict_before_setup() -> None:
     state = Setup().guide.setup(X, Y).state_dict()
     with pytest.raises(RuntimeError, match=r"guide\.setup\(\*args\)"):

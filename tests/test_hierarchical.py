@@ -337,10 +337,11 @@ def test_other_dtypes():
 
 def test_a_weight_read_outside_of_a_call_is_a_number():
     net = network(vdo.HierarchicalNormal(layer=0.5, output=dist.HalfCauchy(1.0)), 5, 1)
-    net(torch.ones(2, 5))
-    trace = poutine.trace(lambda: net[0].weight).get_trace()
-    assert trace.nodes["_RETURN"]["value"].shape == (1, 5)
-    assert "0.weight_output_scale" not in trace.nodes
+    for _ in range(2):
+        assert net[0].weight.shape == (1, 5)
+        net(torch.ones(2, 5))
+    with pytest.raises(ValueError, match="beside a call of its network"):
+        poutine.trace(lambda: net[0].weight).get_trace()
 
 
 def test_arguments_are_checked():

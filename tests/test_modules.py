@@ -447,3 +447,9 @@ def test_compiled_networks_are_refused() -> None:
         vdo.to_bayesian(whole, vdo.LogUniform())
     with pytest.raises(ValueError, match=r"to_bayesian: '1' is wrapped by torch\.compile"):
         vdo.to_bayesian(part, vdo.LogUniform())
+
+
+def test_priors_by_module_object_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="by parameter name, module name or layer type, not by"):
+        vdo.to_bayesian(net, {net[0]: vdo.LogUniform()})  # type: ignore[dict-item]

@@ -336,13 +336,15 @@ def test_state_before_setup() -> None:
     guide.setup(x, y).load_state_dict(state)
 
 
-def test_state_through_pyros_parameter_store(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alive", [False, True])
+def test_state_through_pyros_parameter_store(alive: bool, tmp_path: Path) -> None:
     net, (x, y) = bayesian(), data()
     model = in_plate(net)
+    kept = model if alive else None
     step(model, vdo.AutoFactorizedNormal(model), x, y)
     pyro.get_param_store().save(tmp_path / "store.pt")
     pyro.clear_param_store()
-    del net, model  # as in another process: their names are free
+    del net, model  # as in another process, where their names are free, or in a notebook, where something holds them
     gc.collect()
     pyro.get_param_store().load(tmp_path / "store.pt")
     again = in_plate(bayesian())
@@ -350,7 +352,7 @@ def test_state_through_pyros_parameter_store(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         step(again, vdo.AutoFactorizedNormal(again), x, y)
     messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 6  # two biases, and mean and standard deviation of two weights
+    assert len(messages) == 6, kept  # two biases, and mean and standard deviation of two weights
     assert all(re.search(r"'.*'.*It is not used.*guide\.state_dict\(\)", message) for message in messages)
 
 
@@ -416,3 +418,25 @@ def test_the_right_way_is_silent() -> None:
     assert first > 0
     assert samples["y"].shape == (3, N)
     assert poutine.trace(guide).get_trace(x, y).nodes["0.weight"]["value"].shape == (4, 5)
+
+
+# --------------------------------------------------------------------------- several calls
+
+
+def test_two_calls_in_one_model() -> None:
+    x, y = data()
+    one, other, named = bayesian(), bayesian(), vdo.to_bayesian(layers(), vdo.LogUniform(), name="other")
+    for second in (one, other):
+        with pytest.raises(RuntimeError, match=r"sites named '0\.weight'\n.*name='decoder'.*PyroModule"):
+            vdo.AutoFactorizedNormal(in_plate(lambda x, second=second: one(x) + second(x))).setup(x, y)
+    guide = vdo.AutoFactorizedNormal(in_plate(lambda x: one(x) + named(x))).setup(x, y)
+    assert guide.site_names() == ["0.weight", "2.weight", "other.0.weight", "other.2.weight"]
+
+
+def test_weight_that_is_read_beside_a_call() -> None:
+    """Pyro gives a draw of the prior there, which is no site."""
+    x, y = data()
+    net = vdo.to_bayesian(layers(), dist.Normal(0.0, 1.0))
+    assert net[0].weight.shape == (4, 5)
+    with pytest.raises(ValueError, match=r"'2\.weight' is read in the model beside a call of its network.*PyroModule"):
+        vdo.AutoFactorizedNormal(in_plate(lambda x: net(x) @ net[2].weight)).setup(x, y)

@@ -112,6 +112,9 @@ def test_a_loss_function() -> None:
     history = case.fit(loss=elbo.differentiable_loss)
     assert history[-1]["loss"] < 1e6
     assert not same(before, case.state())
+    many = Trace_ELBO(num_particles=4, vectorize_particles=True)
+    row = Case(batch_norm=False).fit([data()], epochs=1, lr=0.0, loss=many.differentiable_loss)[0]
+    assert row["loss"] == pytest.approx(row["nll"] + row["kl"], rel=1e-5)
 
 
 def test_schedules_move_with_every_step() -> None:
@@ -223,8 +226,8 @@ def test_validation_weighs_data_points_alike() -> None:
     uneven = [(x[:59], y[:59]), (x[59:], y[59:])]
     rows = [case.fit([data()], epochs=1, lr=0.0, validate=batches)[0] for batches in ([(x, y)], uneven)]
     assert rows[1]["val_nll"] == pytest.approx(rows[0]["val_nll"], rel=0.05)  # two draws of the noise, as above
-    with torch.no_grad():  # the single point is not worth as much as the others together
-        alone = case.fit([data()], epochs=1, lr=0.0, validate=[uneven[1]])[0]["val_nll"]
+    # the single point is not worth as much as the others together
+    alone = case.fit([data()], epochs=1, lr=0.0, validate=[uneven[1]])[0]["val_nll"]
     assert abs(alone / rows[0]["val_nll"] - 1) > 0.1
 
 
@@ -354,12 +357,33 @@ def test_arguments_that_make_no_sense(options: dict[str, object], message: str) 
         Case().fit(**options)
 
 
+def test_schedulers_that_fit_cannot_drive() -> None:
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    for optim in (
+        pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}}),
+        vdo.distributed.DistributedOptim(
+            pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}})
+        ),
+    ):
+        with pytest.raises(TypeError, match=r"ReduceLROnPlateau has to be told what to watch.*lr_schedule"):
+            Case().fit(optim=optim)
+    for schedule in (plateau, plateau(torch.optim.SGD([torch.ones(1)], lr=1.0))):
+        with pytest.raises(TypeError, match=r"lr_schedule must be a number or a function.*into a Pyro optimizer"):
+            Case().fit(lr_schedule=schedule)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Any) -> None:
+    with mode(), pytest.raises(RuntimeError, match="gradients are switched off"):
+        Case().fit()
+
+
 def test_a_guide_of_pyro_trains_and_cannot_be_pruned() -> None:
     case = Case(guide=lambda model: AutoNormal(model, init_loc_fn=vdo.init_to_pretrained))
     history = case.fit(epochs=3, lr=0.01)
     assert "kept" not in history[0]
     assert math.isfinite(history[-1]["loss"])
-    with pytest.raises(ValueError, match=r"prune needs a guide with prune\(threshold\), not AutoNormal"):
+    with pytest.raises(ValueError, match=r"prune needs a guide with prune\(threshold\), not AutoNormal.*callbacks="):
         case.fit(prune=3.0)
 
 
@@ -369,6 +393,11 @@ def test_without_parameters() -> None:
 
     with pytest.raises(ValueError, match="neither model nor guide has a parameter"):
         vdo.fit(model, lambda x: None, [torch.ones(())], epochs=1, progress=False)
+    case = Case()
+    case.guide.setup(*data()).requires_grad_(False)
+    case.net.requires_grad_(False)
+    with pytest.raises(ValueError, match="has a parameter to train, one with requires_grad"):
+        case.fit()
 
 
 # --------------------------------------------------------------------------- numbers that go wrong

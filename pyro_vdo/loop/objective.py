@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
+from pyro_vdo import _compat
 from pyro_vdo.undrawn import Undrawn
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -53,7 +54,7 @@ class DataTerm(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self._runs: list[list[tuple[Any, Any, Any, Any]]] = []
+        self._runs: list[list[tuple[Any, Any, Any, Any, int]]] = []
         self.complete = True
         #: observed sites that no plate scales to more data
         self.unscaled: set[str] = set()
@@ -66,23 +67,21 @@ class DataTerm(Messenger):
         if "_enumerate_dim" in msg["infer"]:
             self.complete = False
         if msg["is_observed"] and not site_is_subsample(msg):
-            self._runs[-1].append((msg["fn"], msg["value"], msg["scale"], msg["mask"]))
+            particles = math.prod(_compat.particle_sizes())
+            self._runs[-1].append((msg["fn"], msg["value"], msg["scale"], msg["mask"], particles))
             if isinstance(msg["scale"], (int, float)) and msg["scale"] == 1 and not site_is_factor(msg):
                 self.unscaled.add(msg["name"])
 
     @torch.no_grad()
-    def take(self, num_particles: int = 1, vectorized: bool = False) -> Tensor:
-        """The mean over the particles of the step since the last call.
-
-        :param vectorized: the particles are dimensions of one run of the model, not several runs.
-        """
+    def take(self, num_runs: int = 1) -> Tensor:
+        """The mean over the last ``num_runs`` runs of the model since the last call, and over the particles in them."""
         runs, self._runs = self._runs, []
-        counted = (
-            runs[-1:] if vectorized else runs[-num_particles:]
-        )  # in its first step Pyro also runs it to see its shape
-        sites = [site for run in counted for site in run]
-        parts = [scale_and_mask(fn.log_prob(value), scale, mask).sum() for fn, value, scale, mask in sites]
-        return -sum(parts, torch.zeros(())) / num_particles
+        sites = [site for run in runs[-num_runs:] for site in run]  # in its first step Pyro also runs it for its shape
+        parts = [
+            scale_and_mask(fn.log_prob(value), scale, mask).sum() / particles
+            for fn, value, scale, mask, particles in sites
+        ]
+        return -sum(parts, torch.zeros(())) / num_runs
 
 
 def _traces(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> tuple[Any, Any]:

@@ -67,6 +67,14 @@ def _set_rate(group: dict[str, Any], lr: float, name: str) -> None:
     group["lr"] = lr
 
 
+def _check_rate(before: float, now: float) -> None:
+    if before != now and not math.isnan(before):
+        raise CheckpointError(
+            f"the learning rate at the start was {before}, is {now}; give {before} again, and change it from here on "
+            "with lr_schedule"
+        )
+
+
 class TorchOptimizer:
     """One torch optimizer over all parameters."""
 
@@ -132,6 +140,8 @@ class TorchOptimizer:
         numbers = isinstance(base, list) and all(isinstance(value, float | int) for value in base)
         if not numbers or len(base) != len(self.optimizer.param_groups):
             raise CheckpointError("the learning rates of the optimizer do not fit")
+        for before, now in zip(base, self._base, strict=True):
+            _check_rate(before, now)
         check_optimizer(self.optimizer, state["state"])
         guarded("the optimizer", self.optimizer.load_state_dict, state["state"])
         self._base = [float(value) for value in base]
@@ -144,6 +154,12 @@ class PyroOptimizer:
         self.name = getattr(optim.pt_optim_constructor, "__name__", type(optim).__name__)
         self.optimizer = optim
         self._owner = optim.optim if isinstance(optim, DistributedOptim) else optim  # of the torch optimizers
+        if getattr(self._owner, "pt_scheduler_constructor", None) is torch.optim.lr_scheduler.ReduceLROnPlateau:
+            raise TypeError(
+                "fit: ReduceLROnPlateau has to be told what to watch, which fit does not. Give another scheduler, or "
+                "the optimizer alone with lr_schedule=...; or write the loop yourself: svi.step(...) for each batch, "
+                "optim.step(loss) after each epoch."
+            )
         self._base: dict[Tensor, float] = {}
         self._factor: float | None = None
 
@@ -165,6 +181,8 @@ class PyroOptimizer:
                 self._owner.take_in(param)
             else:
                 _compat.take_in(self._owner, param)
+        for group in self._groups() if fresh else ():
+            self._initial_rate(group)
         if fresh and self._factor is not None:
             self.set_factor(self._factor)
         self.optimizer(params)
@@ -173,10 +191,12 @@ class PyroOptimizer:
         """Multiply the initial learning rates by ``factor``."""
         self._factor = factor
         for group in self._groups():
-            known = (self._base[param] for param in group["params"] if param in self._base)
-            base = next(known, _rate(group))
-            _set_rate(group, base * factor, self.name)
-            self._base.update(dict.fromkeys(group["params"], base))
+            _set_rate(group, self._initial_rate(group) * factor, self.name)
+
+    def _initial_rate(self, group: Mapping[str, Any]) -> float:
+        base = next((self._base[param] for param in group["params"] if param in self._base), _rate(group))
+        self._base.update(dict.fromkeys(group["params"], base))
+        return base
 
     @property
     def lr(self) -> float:
@@ -213,6 +233,8 @@ class PyroOptimizer:
         if saved is None:
             return
         each = _compat.make_optimizer(self._owner, param)
+        if (before := base.get(name)) is not None:
+            _check_rate(before, _rate(getattr(each, "optimizer", each).param_groups[0]))
         if hasattr(each, "optimizer"):  # a scheduler around an optimizer
             if not isinstance(saved, dict) or saved.keys() != {"scheduler", "optimizer"}:
                 raise CheckpointError(f"the state of the scheduler of '{name}' does not fit")

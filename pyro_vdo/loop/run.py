@@ -134,7 +134,7 @@ class Run(Resumable):
                     self._check_scale(before)
                 total += self._do_step(count)
                 if not self._compiled:
-                    data_term = self._recorder.take(*_particles(self.settings.loss)) + data_term
+                    data_term = self._recorder.take(_runs_of(self.settings.loss)) + data_term
             count += 1
             if bar is not None:
                 bar.update(int(self._bar_of_steps))
@@ -223,8 +223,8 @@ class Run(Resumable):
                 self._explain(error)
                 raise
         self._params = objective.named_parameters(capture)
-        if not self._params:
-            raise ValueError("fit: neither model nor guide has a parameter to train")
+        if not any(param.requires_grad for param in self._params.values()):
+            raise ValueError("fit: neither model nor guide has a parameter to train, one with requires_grad")
         # A Python number stays one: float32 ends at 3e38.
         parts = value if isinstance(value, tuple) else (value,)
         return sum(float(part.detach() if isinstance(part, Tensor) else part) for part in parts)
@@ -400,5 +400,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
-def _particles(loss: Any) -> tuple[int, bool]:
-    return int(getattr(loss, "num_particles", 1)), bool(getattr(loss, "vectorize_particles", False))
+def _runs_of(loss: Any) -> int:
+    """How often a step runs the model."""
+    return 1 if getattr(loss, "vectorize_particles", False) else int(getattr(loss, "num_particles", 1))

@@ -59,7 +59,7 @@ def ranged(tensor: Tensor) -> Tensor:
 
 def unrepeated(tensor: Tensor) -> Tensor:
     """``tensor`` with the dimensions that only repeat it (stride 0) cut to size 1 or away."""
-    repeats = [stride == 0 and size != 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+    repeats = [stride == 0 and bool(size != 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
     if True not in repeats:
         return tensor
     base = tensor._base
