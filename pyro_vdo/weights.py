@@ -139,12 +139,16 @@ class GaussianWeight(Undrawn):
             else:
                 total = fused.widened(fused.unrepeated(self._log_scale)).sum(dims)
                 shape = self.loc.shape
-                count: Any = math.prod(shape[-event_dim:])
-                if self.kept is not None:  # the log scale of the others is 0
-                    count = fused.unrepeated(self.kept).sum(dims)
-                total = -total - count * fused.ENTROPY_CONSTANT
+                total = self._without_pruned(-total - math.prod(shape[-event_dim:]) * fused.ENTROPY_CONSTANT, event_dim)
                 self._expected_log_law_sum = total.expand(shape[:-event_dim])
         return self._expected_log_law_sum
+
+    def _without_pruned(self, log_law: Tensor, event_dim: int) -> Tensor:
+        """E log q summed, where ``log_law`` counts pruned weights as Normal(0, 1)."""
+        if self.kept is None:
+            return log_law
+        pruned = (~fused.unrepeated(self.kept)).sum(tuple(range(-event_dim, 0)))
+        return log_law + pruned * fused.ENTROPY_CONSTANT
 
     @property
     def constant_variance(self) -> Tensor:
@@ -185,11 +189,9 @@ class GaussianWeight(Undrawn):
             return None
         kl, log_law = sums.of(at, prior)
         batch = self.loc.shape[: self.loc.dim() - self.event_dim]
-        if batch:
-            kl, log_law = kl.expand(batch), log_law.expand(batch)
-        if self._expected_log_law_sum is None:  # model and guide count the same
-            self._expected_log_law_sum = log_law
-        return kl
+        if self._expected_log_law_sum is None:
+            self._expected_log_law_sum = self._without_pruned(log_law, self.event_dim).expand(batch)
+        return kl.expand(batch)
 
     def elementwise_kl_sum(self, prior: Any, event_dim: int) -> Tensor | None:
         """KL to a prior that couples no weights, summed, where parts of the weight can be left out; else None."""
@@ -210,7 +212,7 @@ class GaussianWeight(Undrawn):
             self._constant_variance = None  # the passes through the network are over
         batch = self.loc.shape[: self.loc.dim() - event_dim]
         if self._expected_log_law_sum is None:
-            self._expected_log_law_sum = sums[1].expand(batch)
+            self._expected_log_law_sum = self._without_pruned(sums[1], event_dim).expand(batch)
         return sums[0].expand(batch)
 
     def law(self) -> torch.distributions.Normal:

@@ -11,7 +11,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import ELBO, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import nn
 
 import pyro_vdo as vdo
 from tests.pruned_problem import NETWORKS, Problem, linear
@@ -187,3 +189,17 @@ def test_the_loss_of_drawn_and_undrawn_weights_is_the_same(prior: Any) -> None:
     expected = problem.losses(Trace_ELBO())[0]
     problem.guide.eval()
     assert problem.losses(Trace_ELBO(num_particles=200))[0] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("layers", [2, 5], ids=["one by one", "small weights together"])
+@pytest.mark.parametrize("share", [0.0, 0.7], ids=["scattered", "blocks"])
+def test_pruned_weights_have_no_part_in_the_density_of_the_guide(layers: int, share: float) -> None:
+    plain = nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers)))
+    problem = Problem(plain, torch.randn(3, 6), vdo.LogUniform(), share)
+    guide_trace = poutine.trace(problem.guide).get_trace(problem.x)
+    model_trace = poutine.trace(poutine.replay(problem.model, trace=guide_trace)).get_trace(problem.x)
+    model_trace.compute_log_prob()  # it comes first in a step
+    guide_trace.compute_log_prob()
+    for name, q in problem.guide.posteriors().items():
+        expected = -torch.distributions.Normal(q.loc, q.scale).entropy()[problem.masks[name]].sum()
+        torch.testing.assert_close(guide_trace.nodes[name]["log_prob_sum"], expected, rtol=1e-5, atol=1e-5)
