@@ -26,8 +26,9 @@ from pyro_vdo.families.units import (
     unit_scales,
     unit_signal_to_noise,
 )
-from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, init_to_pretrained, register_posterior
+from pyro_vdo.guides import AutoFactorizedNormal
 from pyro_vdo.handlers import local_reparameterization, scale_kl
+from pyro_vdo.initial import init_to_pretrained
 from pyro_vdo.local_reparam import sample_linear
 from pyro_vdo.loop.checkpoint import CheckpointError, read_checkpoint
 from pyro_vdo.loop.history import EarlyStop, History
@@ -45,6 +46,7 @@ from pyro_vdo.rules import convolution as _rules_conv  # noqa: F401  registers r
 from pyro_vdo.rules import embedding as _rules_embedding  # noqa: F401  registers rules
 from pyro_vdo.rules import views as _rules_views  # noqa: F401  registers rules
 from pyro_vdo.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
+from pyro_vdo.site_posterior import SitePosterior, register_posterior
 from pyro_vdo.special import use_compiled
 from pyro_vdo.training import fit
 from pyro_vdo.variables import ReuseError, ReuseWarning

@@ -12,7 +12,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
@@ -20,105 +19,22 @@ from torch.distributions import biject_to
 
 from pyro_vdo import _compat, handlers
 from pyro_vdo.batches import empty_argument
-from pyro_vdo.blocks import Alive, Block
-from pyro_vdo.initial import Init, InitialValues, log_scale_of
-from pyro_vdo.initial import base_prior as base_prior
-from pyro_vdo.initial import init_to_pretrained as init_to_pretrained
+from pyro_vdo.initial import Init, InitialValues, base_prior, init_to_pretrained, log_scale_of
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.pruning import Prunable
 from pyro_vdo.sharing import share_sums
+from pyro_vdo.site_posterior import (
+    SitePosterior,
+    is_real,
+    registered_posterior,
+)
 from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.variables import ReusePolicy
 
 
-class SitePosterior(nn.Module):
-    """The variational parameters of one site: ``loc`` and ``log_scale`` of its (unconstrained) Normal.
-
-    A subclass that is given to :func:`register_posterior` approximates the sites of some class of priors in another
-    way. It says where ``loc`` starts (:meth:`initial`) and what the parameters mean (:meth:`posterior`), a distribution
-    over the site's own support.
-    """
-
-    loc: nn.Parameter
-    log_scale: nn.Parameter
-    kept: Tensor | None  # False for pruned weights; None where all are kept
-
-    def __init__(self, loc: Tensor, init_scale: Tensor | float) -> None:
-        super().__init__()
-        self.loc = nn.Parameter(loc)
-        self.log_scale = nn.Parameter(log_scale_of(init_scale, loc, type(self).__name__).clone())
-        self.register_buffer("kept", None)
-        self._known_alive: tuple[tuple[Tensor, int] | None, Alive | None] = (None, None)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "loc" in state_dict:
-            self.kept = torch.ones_like(self.loc, dtype=torch.bool) if prefix + "kept" in state_dict else None
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @classmethod
-    def initial(cls, value: Tensor, prior: Any) -> Tensor:
-        """``loc`` for the initial value of a site; for the Normal its unconstrained value."""
-        return value if _is_real(prior.support) else biject_to(prior.support).inv(value)
-
-    def posterior(self, read: Callable[[str], Any], prior: Any, name: str, policy: ReusePolicy | None) -> Any:
-        """The distribution that the parameters stand for.
-
-        :param read: gives a parameter by its attribute name; reads must go through it.
-        :param prior: the innermost prior of the site.
-        :param name: the name of the site.
-        :param policy: what to do when a weight is used in two ways.
-        """
-        loc, log_scale = read("loc"), read("log_scale")
-        kept, block = read("kept"), None
-        if kept is not None:
-            alive = self._alive(kept)
-            if alive is not None:
-                parts = alive.take(loc), alive.take(log_scale), alive.take(kept)
-                block = Block(alive, *without_pruned(*parts), parts[2])
-            loc, log_scale = without_pruned(loc, log_scale, kept)
-        return FactorizedNormal(
-            loc, log_scale=log_scale, name=name, policy=policy, kept=kept, block=block, validate_args=False
-        )
-
-    def _alive(self, kept: Tensor) -> Alive | None:
-        """Rows and columns with anything left, found once for each mask."""
-        if kept is not self.kept:  # of a pass alone, or of a part of the site
-            return None
-        key, alive = self._known_alive
-        if key is None or key[0] is not kept or key[1] != kept._version:
-            with torch.inference_mode(False):  # a later pass may train
-                alive = Alive.of(kept)
-            self._known_alive = (kept, kept._version), alive
-        return alive
-
-
-def without_pruned(loc: Tensor, log_scale: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """``loc`` and ``log_scale`` with Normal(0, 1), a constant, in place of pruned weights; no sample shows it."""
-    zero = torch.zeros((), dtype=loc.dtype, device=loc.device)
-    return torch.where(kept, loc, zero), torch.where(kept, log_scale, zero)
-
-
-#: class of prior -> how the guide approximates its sites, in place of a Normal in unconstrained space
-SITE_POSTERIORS: dict[type[Any], type[SitePosterior]] = {}
-
-
-def register_posterior(prior: type[Any]) -> Callable[[type[SitePosterior]], type[SitePosterior]]:
-    """Class decorator: sites with a ``prior`` of this class are approximated by the decorated ``SitePosterior``."""
-
-    def add(posterior: type[SitePosterior]) -> type[SitePosterior]:
-        SITE_POSTERIORS[prior] = posterior
-        return posterior
-
-    return add
-
-
-def _registered(prior: Any) -> type[SitePosterior] | None:
-    return next((SITE_POSTERIORS[kind] for kind in type(prior).__mro__ if kind in SITE_POSTERIORS), None)
-
-
 def _is_direct(fn: Any) -> bool:
     """True where the posterior is over the support of the site, false where it is over unconstrained space."""
-    return _is_real(fn.support) or _registered(base_prior(fn)) is not None
+    return is_real(fn.support) or registered_posterior(base_prior(fn)) is not None
 
 
 class _Branch(nn.Module):
@@ -223,7 +139,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         value = site["value"].detach()
         if not value.is_floating_point():
             raise ValueError(f"AutoFactorizedNormal: site '{name}' has dtype {value.dtype}; it must be floating point")
-        loc = (_registered(base_prior(fn)) or SitePosterior).initial(value, fn)
+        loc = (registered_posterior(base_prior(fn)) or SitePosterior).initial(value, fn)
         event_dim = fn.event_dim + loc.dim() - value.dim()
         for frame in site["cond_indep_stack"]:  # a subsampled site has parameters for the full data
             full_size = frame.full_size or frame.size
@@ -240,7 +156,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         site["infer"]["vdo_event_dim"] = event_dim
 
     def _make_site(self, name: str, fn: Any, loc: Tensor, scale: Tensor | float) -> SitePosterior:
-        return (_registered(base_prior(fn)) or SitePosterior)(loc, scale)
+        return (registered_posterior(base_prior(fn)) or SitePosterior)(loc, scale)
 
     def _site(self, name: str) -> SitePosterior:
         # Reading the attribute ``sites`` inside of a call would register its parameters with Pyro a second time.
@@ -338,7 +254,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
     @torch.no_grad()
     def posteriors(self) -> dict[str, FactorizedNormal]:
         """The posterior of every real-valued site by name, with ``loc``, ``scale`` and ``log_alpha`` (detached)."""
-        return {name: self._detached(name) for name, site in self._require_setup() if _is_real(site["fn"].support)}
+        return {name: self._detached(name) for name, site in self._require_setup() if is_real(site["fn"].support)}
 
     def site_names(self) -> list[str]:
         """The names of all latent sites."""
@@ -408,9 +324,3 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
 
 def _forgotten_model(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("this guide was unpickled, and models are not pickled with their guides; build it anew")
-
-
-def _is_real(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real

@@ -15,9 +15,10 @@ from pyro_vdo.families.multiplicative import GaussianDropoutNormal
 from pyro_vdo.families.scale_mixtures import NormalScaleMixture
 from pyro_vdo.families.structured import TruncatedLogNormal, TruncatedLogUniform
 from pyro_vdo.groups import group_max, group_mean
+from pyro_vdo.log_uniform_fit import LOG_ABS_OFFSET
 from pyro_vdo.numerics import fused
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
-from pyro_vdo.special import LOG_ABS_OFFSET, normal_log_uniform_kl
+from pyro_vdo.special import normal_log_uniform_kl
 
 
 def log_alpha(loc: Tensor, scale: Tensor) -> Tensor:

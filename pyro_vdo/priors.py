@@ -16,8 +16,8 @@ from pyro_vdo import _compat
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.groups import Group, check_group, group_max, group_mean, resolve_group
 from pyro_vdo.layout import WeightLayout
+from pyro_vdo.log_uniform_fit import LOG_ABS_OFFSET
 from pyro_vdo.numerics import fused
-from pyro_vdo.special import LOG_ABS_OFFSET
 from pyro_vdo.undrawn import Undrawn, expected_log_prob
 from pyro_vdo.weights import GaussianWeight
 

@@ -85,3 +85,10 @@ def options_of_a_long_run() -> dict[str, Any]:
 
 
 Make = Callable[[], Any]
+
+
+def poisoned(value: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    x, y = data()
+    bad = x.clone()
+    bad[3, 1] = value
+    return [(x, y), (x, y), (bad, y)]

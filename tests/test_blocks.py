@@ -16,7 +16,7 @@ from torch import nn
 import pyro_vdo as vdo
 from pyro_vdo import blocks
 from pyro_vdo.blocks import Alive, BlockWeight
-from pyro_vdo.guides import SitePosterior
+from pyro_vdo.site_posterior import SitePosterior
 from tests.pruned_problem import NETWORKS, PRIORS, Problem, Z, linear
 
 

@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, vmap
 
 from pyro_vdo import _compat, special
+from pyro_vdo.log_uniform_fit import curvature_of_ratio, fit_for, kl_of_ratio, slope_of_ratio
 from pyro_vdo.numerics import sums
 from pyro_vdo.special import (
     dawson,
@@ -96,7 +97,7 @@ def test_kl_matches_stored_reference(dtype):
 @pytest.mark.parametrize("path", ["chunked", "composed"])
 def test_kl_and_slope_on_a_dense_grid_keep_relative_accuracy(dtype, path):
     r = ratios(dtype)
-    kl, slope = unit_scale_terms(r) if path == "chunked" else (special._value(r), special._slope(r))
+    kl, slope = unit_scale_terms(r) if path == "chunked" else (kl_of_ratio(r), slope_of_ratio(r))
     # Relative everywhere: the KL is 1e-9 at one end of the grid.
     assert worst(kl, [mp_kl(x) for x in numbers(r)]) < KL_TOLERANCE[dtype]
     assert worst(slope, [mp_slope(x) for x in numbers(r)]) < SLOPE_TOLERANCE[dtype]
@@ -105,7 +106,7 @@ def test_kl_and_slope_on_a_dense_grid_keep_relative_accuracy(dtype, path):
 @pytest.mark.parametrize(("dtype", "value_bound", "slope_bound"), [(DTYPES[0], 2e-14, 4e-14), (DTYPES[1], 4e-8, 2e-7)])
 def test_rational_approximations_are_as_good_as_stated(dtype, value_bound, slope_bound):
     """Recomputes, between the points of the fit, what the two fits approximate."""
-    fit = special._fit(dtype)
+    fit = fit_for(dtype)
     value, slope = [], []
     for k in range(-30, 31):
         t = mp.exp(mp.mpf(k) / 3 + mp.mpf("0.1"))
@@ -260,7 +261,7 @@ def test_gradients_in_place_are_invisible():
     first_values = [x.clone() for x in first]
     second = torch.autograd.grad(loss, (loc, scale), retain_graph=True)
     third = torch.autograd.grad(3 * loss, (loc, scale))
-    expected = [weight * special._slope(loc / scale) / scale]
+    expected = [weight * slope_of_ratio(loc / scale) / scale]
     expected.append(-expected[0] * loc / scale)
     for i in range(2):
         for got in (kept[i], with_graph[i], first[i], first_values[i], second[i], third[i] / 3):
@@ -274,7 +275,7 @@ def test_function_transforms():
     generator = torch.Generator().manual_seed(3)
     loc = torch.randn(5, 3, dtype=torch.float64, generator=generator)
     scale = torch.rand(5, 3, dtype=torch.float64, generator=generator)
-    kl, slope = normal_log_uniform_kl(loc, scale), special._slope(loc / scale) / scale
+    kl, slope = normal_log_uniform_kl(loc, scale), slope_of_ratio(loc / scale) / scale
     close = functools.partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
     close(vmap(normal_log_uniform_kl)(loc, scale), kl)
     close(vmap(normal_log_uniform_kl, (1, 1), 1)(loc, scale), kl)
@@ -282,7 +283,7 @@ def test_function_transforms():
     close(vmap(grad(lambda m, s: normal_log_uniform_kl(m, s).sum()))(loc, scale), slope)
     close(grad(lambda m: vmap(normal_log_uniform_kl)(m, scale).sum())(loc), slope)
     curvature = jacrev(jacrev(lambda m: normal_log_uniform_kl(m, scale[0]).sum()))(loc[0])
-    close(curvature, torch.diag(special._curvature(loc[0] / scale[0]) / scale[0] ** 2))
+    close(curvature, torch.diag(curvature_of_ratio(loc[0] / scale[0]) / scale[0] ** 2))
     close(vmap(dawson)(loc), dawson(loc))
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vdo.families.correlated import CorrelatedNormal
-from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, _is_real, _registered, base_prior
+from pyro_vdo.guides import AutoFactorizedNormal
+from pyro_vdo.initial import base_prior
 from pyro_vdo.layout import WeightLayout
+from pyro_vdo.site_posterior import SitePosterior, is_real, registered_posterior
 from pyro_vdo.variables import ReusePolicy
 
 
@@ -58,6 +60,6 @@ class AutoCorrelatedNormal(AutoFactorizedNormal):
     def _make_site(self, name: str, fn: Any, loc: Tensor, scale: Tensor | float) -> SitePosterior:
         layout, is_layer = getattr(fn, "layout", None), hasattr(fn, "layout")
         matrix = not is_layer or layout == WeightLayout()
-        normal = _is_real(fn.support) and _registered(base_prior(fn)) is None
+        normal = is_real(fn.support) and registered_posterior(base_prior(fn)) is None
         joined = normal and matrix and fn.event_dim in (1, 2) and loc.shape[-1] > 1
         return CorrelatedPosterior(loc, scale) if joined else super()._make_site(name, fn, loc, scale)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pyro_vdo.families.multiplicative import GaussianDropoutNormal
 from pyro_vdo.groups import Group, check_group, group_shape, resolve_group
-from pyro_vdo.guides import AutoFactorizedNormal, SitePosterior, _is_real, _registered, base_prior
+from pyro_vdo.guides import AutoFactorizedNormal
+from pyro_vdo.initial import base_prior
+from pyro_vdo.site_posterior import SitePosterior, is_real, registered_posterior
 from pyro_vdo.variables import ReusePolicy
 
 
@@ -108,7 +110,7 @@ class AutoGaussianDropout(AutoFactorizedNormal):
             raise ValueError(f"AutoGaussianDropout: group names {sorted(unknown)}, which are no sites")
 
     def _make_site(self, name: str, fn: Any, loc: Tensor, scale: Any) -> SitePosterior:
-        if not _is_real(fn.support) or _registered(base_prior(fn)) is not None:
+        if not is_real(fn.support) or registered_posterior(base_prior(fn)) is not None:
             return super()._make_site(name, fn, loc, scale)
         is_noise = getattr(fn, "is_unit_noise", False)
         group = self.group.get(name, "weight" if is_noise else self.group.get("", "weight"))

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_vdo.log_uniform_fit import EULER_GAMMA
 from pyro_vdo.priors import WeightPrior
-from pyro_vdo.special import EULER_GAMMA, LOG_SQRT_2PI
+from pyro_vdo.special import LOG_SQRT_2PI
 
 _SPLIT = 2.0
 

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_vdo.families.noise import scale_units
 from pyro_vdo.families.structured import TruncatedLogNormal, TruncatedLogUniform
-from pyro_vdo.guides import SitePosterior, base_prior, register_posterior
+from pyro_vdo.initial import base_prior
+from pyro_vdo.site_posterior import SitePosterior, register_posterior
 from pyro_vdo.variables import ReusePolicy
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pyro_vdo import _compat, special
+from pyro_vdo.log_uniform_fit import fit_for, horner, kl_of_ratio, slope_of_ratio
 from pyro_vdo.numerics import fused
 
 # Up to here the number of calls costs more than the arithmetic.
@@ -52,7 +53,7 @@ def _quotient(num: tuple[float, ...], den: tuple[float, ...], t: Tensor, pair: T
 
 def _chunked_sum(loc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the KL on the CPU, not finite where t overflows, and the smallest variance."""
-    fit = special._fit(loc.dtype)
+    fit = fit_for(loc.dtype)
     loc, variance = loc.reshape(-1), variance.reshape(-1)
     size, parts = fused.chunks(len(loc))
     pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
@@ -75,7 +76,7 @@ def _chunked_gradient(
 
     ``of_log_scale``: log_scale is passed in place of the variance.
     """
-    fit = special._fit(loc.dtype)
+    fit = fit_for(loc.dtype)
     dloc, dlog_scale = torch.empty_like(loc), torch.empty_like(loc)
     size, parts = fused.chunks(len(loc))
     pair, t_full, clamped_full = loc.new_empty(2, size), loc.new_empty(size), loc.new_empty(size)
@@ -97,12 +98,12 @@ def _chunked_gradient(
 
 
 def _composed_sum(loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return special._value(loc * (-log_scale).exp()).sum(), log_scale.sum()
+    return kl_of_ratio(loc * (-log_scale).exp()).sum(), log_scale.sum()
 
 
 def _composed_gradient(loc: Tensor, log_scale: Tensor, weight: Tensor, entropy_weight: Tensor) -> tuple[Tensor, Tensor]:
     inverse = (-log_scale).exp()
-    dloc = weight * special._slope(loc * inverse) * inverse
+    dloc = weight * slope_of_ratio(loc * inverse) * inverse
     return dloc, entropy_weight - loc * dloc
 
 
@@ -115,12 +116,12 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _kernel_sum(loc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    fit = special._fit(loc.dtype)
+    fit = fit_for(loc.dtype)
     total = loc.new_zeros(())
     for mean, var in zip(loc.unbind(0), variance.unbind(0), strict=True):
         t = mean * mean / var
         clamped = t.clamp(max=fit.limit**2)
-        x = t * (special._horner(fit.value_num, clamped) / special._horner(fit.value_den, clamped))
+        x = t * (horner(fit.value_num, clamped) / horner(fit.value_den, clamped))
         # (1 + x) (1 + y) = 1 + (x + x y + y): one logarithm for a column
         total = total + total * x + x
     return 0.5 * torch.log1p(total).sum(), variance.amin()
@@ -129,13 +130,13 @@ def _kernel_sum(loc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
 def _kernel_gradient(
     loc: Tensor, variance: Tensor, weight: Tensor, entropy_weight: Tensor, of_log_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    fit = special._fit(loc.dtype)
+    fit = fit_for(loc.dtype)
     if of_log_scale:
         variance = (2.0 * variance).exp()
     square = loc * loc
     clamped = (square / variance).clamp(max=fit.limit**2)
-    below = special._horner(fit.slope_den, clamped) * (square + fit.shift * variance)
-    dloc = weight * loc * special._horner(fit.slope_num, clamped) / below
+    below = horner(fit.slope_den, clamped) * (square + fit.shift * variance)
+    dloc = weight * loc * horner(fit.slope_num, clamped) / below
     return dloc, entropy_weight - loc * dloc
 
 
