@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_vdo import _compat
 
 # Multiplications from which on the product counts for more than the call, which takes some 10 microseconds longer.
-_SMALLEST = 2**22
+_SMALLEST = 2**21
 # oneDNN counts in 32 bits.
 _LARGEST = 2**31
 
