@@ -141,13 +141,24 @@ def test_a_schedule_scales_what_an_optimizer_of_pyro_was_given(schedule: Any) ->
     expected = plain.fit(optim=torch.optim.Adam, lr=0.001, param_options=args, **options)
     optims = pyro.optim.Adam(args), vdo.JointOptim(torch.optim.Adam, args)
     for case, optim in zip((each, joint), optims, strict=True):
-        case.fit(optim=optim, **options)
+        history = case.fit(optim=optim, **options)
         rates = {float(group["lr"]) for o in optim.optim_objs.values() for group in o.param_groups}
-        assert sorted(rates) == pytest.approx([0.001 * schedule(8 / 3), 0.1 * schedule(8 / 3)])
+        assert sorted(rates) == [0.001, 0.1]  # it can be used again
+        assert [row["lr"] for row in history] == [row["lr"] for row in expected]
         for a, b in zip(case.state().values(), plain.state().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert len(joint_groups := optims[1].optimizer.param_groups) == 2
-    assert expected[-1]["lr"] in [pytest.approx(group["lr"]) for group in joint_groups]
+    assert len(optims[1].optimizer.param_groups) == 2
+    assert expected[-1]["lr"] in [pytest.approx(rate * schedule(8 / 3)) for rate in (0.001, 0.1)]
+
+
+def test_a_schedule_multiplies_what_the_optimizer_makes_of_its_rate() -> None:
+    optim = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.5}
+    history = Case().fit(optim=pyro.optim.ExponentialLR(optim), lr_schedule=lambda epoch: 0.1)
+    assert [row["lr"] for row in history] == pytest.approx([0.001 * 0.5**epoch for epoch in range(4)])
+    args = {"lr": 0.01, "lrd": 0.9}
+    for clipped in (pyro.optim.ClippedAdam(args), lambda params: ClippedAdam(params, **args)):
+        history = Case().fit([data()], optim=clipped, lr_schedule=lambda epoch: 0.0 if epoch == 1 else 0.1)
+        assert [row["lr"] for row in history] == pytest.approx([0.0009, 0.0, 0.00081, 0.000729])
 
 
 def test_training_improves_the_network() -> None:

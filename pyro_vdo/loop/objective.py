@@ -140,6 +140,12 @@ def named_parameters(capture: Any) -> dict[str, Tensor]:
     return result
 
 
+def joined(known: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``known`` parameters, in their order and under their latest names, and then the ``new`` ones."""
+    names = {id(param): name for name, param in new.items()}
+    return {names.get(id(param), name): param for name, param in known.items()} | dict(new)
+
+
 @torch.no_grad()
 def parameters_of(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
     """The parameters of model and guide, by running both."""

@@ -26,7 +26,7 @@ from pyro_vdo.loop.reproducible import (
 from pyro_vdo.loop.untrusted import check_fields, check_random_state, check_tensors
 from pyro_vdo.schedules import Schedule
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Resumable:
         other = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in self._program().items() if before.get(k) != v]
         if other:
             raise CheckpointError(f"checkpoint '{path}' belongs to another run: {', '.join(other)}. {anew}")
-        self._find_params()
+        self._find_params(state["params"])
         try:
             self._check(state)
             self.optimizer.load(self._params, state["optimizer"])
@@ -144,12 +144,20 @@ class Resumable:
         self.history[:] = state["history"]
         set_random_state(state["random"])
 
-    def _find_params(self) -> None:
-        """Run model and guide to learn their parameters, and leave random states and buffers as they were."""
+    def _find_params(self, saved: Mapping[str, Any]) -> None:
+        """Run model and guide to learn their parameters, and leave random states and buffers as they were.
+
+        The first batch shows them all, but in models whose steps use different parts; order and names are as saved.
+        """
         kept = [(value, value.clone()) for _, _, value in self.objects.buffers().values() if value is not None]
         with preserved_random_state():
-            first = next(iter(called(self.data, 0) if callable(self.data) else self.data))
-            self._params = objective.parameters_of(self.model, self.guide, self._to_batch(first))
+            for raw in called(self.data, 0) if callable(self.data) else self.data:
+                found = objective.parameters_of(self.model, self.guide, self._to_batch(raw))
+                self._params = objective.joined(self._params, found)
+                if saved.keys() <= self._params.keys():
+                    break
+        if saved.keys() == self._params.keys():
+            self._params = {name: self._params[name] for name in saved}
         for buffer, value in kept:
             buffer.data.copy_(value)
 

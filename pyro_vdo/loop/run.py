@@ -53,7 +53,8 @@ class Run(Resumable):
         self._compiled = _compat.is_compiled(settings.loss)
         self._recorder = DataTerm()
         self._recorded = model if self._compiled else self._recorder(model)
-        self._params: dict[str, Tensor] = {}
+        self._params: dict[str, Tensor] = {}  # all so far: a step need not use every one
+        self._used: dict[str, Tensor] = {}  # those of the last step
         self._num_batches: int | None = _length(data)
         self._mutable: list[Tensor] | None = None  # buffers that a step changes, such as those of BatchNorm
         self._in_training: frozenset[int] = frozenset()  # the modules in training mode when these were found
@@ -200,7 +201,7 @@ class Run(Resumable):
         self.optimizer.prepare(self._params)
         if settings.lr_schedule is not None:
             self.optimizer.set_factor(float(settings.lr_schedule(position)))
-        self.optimizer.step(list(self._params.values()))
+        self.optimizer.step(list(self._used.values()))
         for param in self._params.values():
             param.grad = None
         self.step += 1
@@ -222,8 +223,12 @@ class Run(Resumable):
             except Exception as error:
                 self._explain(error)
                 raise
-        self._params = objective.named_parameters(capture)
-        if not any(param.requires_grad for param in self._params.values()):
+        self._used = objective.named_parameters(capture)
+        self._params = objective.joined(self._params, self._used)
+        if self._best is not None:  # what is met for the first time has still the value of the best epoch
+            best = self._best["snapshot"]["params"]
+            best |= {name: param.detach().clone() for name, param in self._params.items() if name not in best}
+        if not any(param.requires_grad for param in self._used.values()):
             raise ValueError("fit: neither model nor guide has a parameter to train, one with requires_grad")
         # A Python number stays one: float32 ends at 3e38.
         parts = value if isinstance(value, tuple) else (value,)
