@@ -102,6 +102,23 @@ def test_a_run_that_breaks_down_leaves_the_next_one_alone(monkeypatch: pytest.Mo
     assert len(Case().fit(epochs=1)) == 1
 
 
+def test_optional_arguments_of_functions_are_left_alone() -> None:
+    case, seen = Case(), []
+
+    def batches(size: int = 20, *, drop_last: bool = False) -> Any:
+        seen.append(size)
+        return vdo.TensorBatches(*data(), batch_size=size, drop_last=drop_last)
+
+    def of_an_epoch(epoch: int | None = None) -> Any:
+        seen.append(epoch)
+        return case.batches()
+
+    case.fit(batches, epochs=2, validate=lambda value=3.0: value)
+    case.fit(of_an_epoch, epochs=2, validate=lambda run=None: run.epoch)
+    case.fit(lambda *args: seen.append(args) or case.batches(), epochs=2)
+    assert seen == [20, 20, 0, 1, (0,), (1,)]
+
+
 # --------------------------------------------------------------------------- resuming
 
 

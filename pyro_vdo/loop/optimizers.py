@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+import torch.distributed as dist
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
@@ -153,6 +155,9 @@ class TorchOptimizer:
     def end_epoch(self) -> None:
         """Nothing to do for a torch optimizer."""
 
+    def check_ranks(self, path: Path, epoch: int) -> None:
+        """Nothing to do for a torch optimizer."""
+
     def state(self, params: Mapping[str, Tensor]) -> Any:
         """The state of the optimizer, with its initial learning rates."""
         return {"state": {} if self.optimizer is None else self.optimizer.state_dict(), "base": self._base}
@@ -263,3 +268,24 @@ class PyroOptimizer:
             check_scheduler(each, saved["scheduler"])
             saved = saved["optimizer"]
         check_optimizer(getattr(each, "optimizer", each), saved)
+
+    def check_ranks(self, path: Path, epoch: int) -> None:
+        """The processes of a :class:`DistributedOptim` have checkpoints of their own, of the same epoch.
+
+        :raises CheckpointError: if they do not.
+        """
+        if not isinstance(self.optimizer, DistributedOptim):
+            return
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (str(path.absolute()), epoch))
+        paths, epochs = zip(*everyone, strict=True)
+        if len(set(paths)) < len(paths):
+            raise CheckpointError(
+                f"checkpoint: two ranks share '{path}', but each has random numbers of its own; give each a file of "
+                "its own, such as checkpoint=f'run-{torch.distributed.get_rank()}'"
+            )
+        if len(set(epochs)) > 1:
+            raise CheckpointError(
+                f"checkpoint: the ranks would go on after epochs {list(epochs)}. Delete the files of those that are "
+                "ahead to resume from the ones before ('NAME.previous'), or pass resume=False to start anew."
+            )

@@ -250,10 +250,13 @@ def _same_names(what: str, now: Mapping[str, Any], saved: Mapping[str, Any]) -> 
         )
 
 
-def called(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` if it takes as many arguments, else ``function()``."""
+def called(function: Callable[..., Any], name: str, value: Any) -> Any:
+    """``function(value)`` if its first parameter must be given, is ``*args`` or has this name, else ``function()``."""
     try:
-        inspect.signature(function).bind(*args)
-    except TypeError:
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+    except ValueError:  # some functions written in C
+        first = None
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
         return function()
-    return function(*args)
+    wants = first.name == name or (first.default is first.empty)
+    return function(value) if wants else function()

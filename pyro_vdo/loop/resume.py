@@ -151,7 +151,7 @@ class Resumable:
         """
         kept = [(value, value.clone()) for _, _, value in self.objects.buffers().values() if value is not None]
         with preserved_random_state():
-            for raw in called(self.data, 0) if callable(self.data) else self.data:
+            for raw in called(self.data, "epoch", 0) if callable(self.data) else self.data:
                 found = objective.parameters_of(self.model, self.guide, self._to_batch(raw))
                 self._params = objective.joined(self._params, found)
                 if saved.keys() <= self._params.keys():
