@@ -10,13 +10,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 import pyro_vdo as vdo
 from pyro_vdo.loop.reproducible import find_objects
-from tests.small_run import Case, clone, data, same
+from tests.small_run import Case, clone, data, rows, same
 
 NET = nn.Linear(5, 3)
 NETS = {"outer": {"inner": [nn.Linear(5, 3)]}}
@@ -157,6 +158,30 @@ def test_generators_behind_a_loader_are_resumed(loader: Callable[[], Any], tmp_p
     half.fit(loader(), epochs=1, checkpoint=tmp_path / "run")
     rest.fit(loader(), epochs=2, checkpoint=tmp_path / "run")
     assert same(whole.state(), rest.state())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: Trace_ELBO(num_particles=2, vectorize_particles=True),  # guesses the plates in its first step
+        lambda: TraceEnum_ELBO(strict_enumeration_warning=False),
+        JitTrace_ELBO,  # compiles it
+    ],
+)
+def test_losses_that_learn_from_their_first_step(loss: Callable[[], Any], tmp_path: Path) -> None:
+    whole, half, rest = (Case(batch_norm=False) for _ in range(3))
+    history = whole.fit(epochs=2, loss=loss())
+    half.fit(epochs=1, loss=loss(), checkpoint=tmp_path / "run")
+    assert rows(rest.fit(epochs=2, loss=loss(), checkpoint=tmp_path / "run")) == rows(history)
+    assert same(whole.state(), rest.state())
+
+
+def test_schedules_follow_data_that_have_become_more(tmp_path: Path) -> None:
+    case, schedule = Case(), vdo.kl_warmup(0, 4)
+    case.fit(epochs=1, kl_weight=schedule, checkpoint=tmp_path / "run")
+    more = vdo.TensorBatches(*data(), batch_size=10)
+    assert case.fit(more, epochs=2, kl_weight=schedule, checkpoint=tmp_path / "run")[1]["kl_weight"] == (1 + 5 / 6) / 4
 
 
 class TwoHeads:

@@ -72,10 +72,14 @@ class Resumable:
     _file: CheckpointFile | None
     _params: dict[str, Tensor]
     _num_batches: int | None
+    _batch: Batch
     _best: dict[str, Any] | None
     _stopped: bool
 
     def _to_batch(self, raw: Any) -> Batch:
+        raise NotImplementedError
+
+    def _loss_and_grads(self, kl_weight: float) -> float:
         raise NotImplementedError
 
     def _snapshot(self) -> dict[str, Any]:
@@ -140,7 +144,9 @@ class Resumable:
             raise CheckpointError(f"checkpoint '{path}' does not fit: {error}. {anew}") from error
         self._load_params(state["params"])
         self.epoch, self.step, self._best = state["epoch"], state["step"], state["best"]
-        self._num_batches, self._stopped = state["num_batches"], state["stopped"]
+        self._stopped = state["stopped"]
+        if self._num_batches is None:  # else the data may have become more
+            self._num_batches = state["num_batches"]
         self.history[:] = state["history"]
         set_random_state(state["random"])
 
@@ -152,10 +158,17 @@ class Resumable:
         kept = [(value, value.clone()) for _, _, value in self.objects.buffers().values() if value is not None]
         with preserved_random_state():
             for raw in called(self.data, "epoch", 0) if callable(self.data) else self.data:
-                found = objective.parameters_of(self.model, self.guide, self._to_batch(raw))
+                self._batch = self._to_batch(raw)
+                found = objective.parameters_of(self.model, self.guide, self._batch)
                 self._params = objective.joined(self._params, found)
                 if saved.keys() <= self._params.keys():
                     break
+            if hasattr(self.settings.loss, "loss_and_grads"):
+                found = self._params
+                self._loss_and_grads(float(self.settings.kl_weight(0.0)))  # its first call draws more than others
+                for param in self._params.values():
+                    param.grad = None
+                self._params = found
         if saved.keys() == self._params.keys():
             self._params = {name: self._params[name] for name in saved}
         for buffer, value in kept:
