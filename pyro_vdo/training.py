@@ -50,7 +50,8 @@ def fit(
 ) -> History:
     """Train a guide, and the parameters of the model, by stochastic variational inference.
 
-    Schedules are functions of the number of epochs done, a float that grows with every step (``schedules.py``).
+    Schedules are functions of the number of epochs done, a float that grows with every step (``schedules.py``); in the
+    first epoch of data without a length it stays 0.
 
     :param model: a Pyro model.
     :param guide: its guide; any Pyro guide trains, those of this package can be pruned and counted.

@@ -370,6 +370,11 @@ def test_arguments_that_make_no_sense(options: dict[str, object], message: str) 
         Case().fit(**options)
 
 
+def test_lbfgs_is_refused() -> None:
+    with pytest.raises(TypeError, match="LBFGS asks for the loss several times"):
+        Case().fit(optim=torch.optim.LBFGS, lr=0.1)
+
+
 def test_schedulers_that_fit_cannot_drive() -> None:
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
     for optim in (

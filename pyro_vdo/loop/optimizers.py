@@ -118,6 +118,8 @@ class TorchOptimizer:
         if self.optimizer is None:
             self._own = [options_of(group) for group in groups]
             self.optimizer = self._factory(groups)
+            if isinstance(self.optimizer, torch.optim.LBFGS):
+                raise TypeError("fit: LBFGS asks for the loss several times a step, which fit does not; choose another")
         else:
             for group in groups:
                 self._add(group)
