@@ -33,6 +33,7 @@ class SparseDigits(pl.LightningModule):
 
     def __init__(self, num_examples: int, warm_up: int = 20) -> None:
         super().__init__()
+        self.save_hyperparameters()  # so that load_from_checkpoint(path) needs nothing else
         self.num_examples, self.warm_up = num_examples, warm_up
         self.net = vdo.to_bayesian(nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10)), vdo.LogUniform())
         example = torch.zeros(2, 64), torch.zeros(2, dtype=torch.long)
@@ -45,8 +46,8 @@ class SparseDigits(pl.LightningModule):
             return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
     def on_fit_start(self) -> None:
-        """Let each process draw noise of its own; Lightning seeds all of them alike."""
-        pyro.set_rng_seed(self.global_rank)
+        """Let each process draw noise of its own; ``seed_everything`` seeds all of them alike."""
+        pyro.set_rng_seed((torch.initial_seed() + 1 + self.global_rank) % 2**32)
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         """Minus the ELBO."""

@@ -50,12 +50,14 @@ def fit(
 ) -> History:
     """Train a guide, and the parameters of the model, by stochastic variational inference.
 
-    Schedules are functions of the number of epochs done, a float that grows with every step (``schedules.py``).
+    Schedules are functions of the number of epochs done, a float that grows with every step (``schedules.py``); in the
+    first epoch of data without a length it stays 0.
 
     :param model: a Pyro model.
     :param guide: its guide; any Pyro guide trains, those of this package can be pruned and counted.
     :param data: an iterable of batches (list, ``DataLoader``, :class:`TensorBatches`), or a function that returns one
-        for each epoch and may take the number of the epoch, from 0. A batch is a tuple or list of the arguments of
+        for each epoch and may take the number of the epoch, from 0 (an optional argument only by the name ``epoch``).
+        A batch is a tuple or list of the arguments of
         the model, a dict of its keyword arguments, or its only argument.
     :param epochs: number of passes over the data, those of resumed runs included.
     :param optim: a torch optimizer class, a function from parameters to a torch optimizer, or a Pyro optimizer; one
@@ -69,7 +71,8 @@ def fit(
         (``guide.prune``): a number or a schedule; ``inf`` prunes nothing.
     :param threshold: log alpha at which the history counts a weight as zero.
     :param validate: batches, for ``val_nll`` (the data term), or a function that returns a number (``val``) or a dict
-        of numbers (``val_*``) and may take the :class:`Run`. It does not disturb the random numbers of the training.
+        of numbers (``val_*``) and may take the :class:`Run` (an optional argument only by the name ``run``). It does
+        not disturb the random numbers of the training.
     :param validate_every: epochs between validations; the last epoch is always validated.
     :param early_stop: see :class:`EarlyStop`.
     :param checkpoint: a file that is written atomically at the end of epochs; the one before is kept beside it.

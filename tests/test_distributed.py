@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -134,7 +135,32 @@ def scheduler(rank: int) -> tuple[list[float], list[float]]:
     return rates[0], rates[1]
 
 
-CASES = {f.__name__: f for f in (train, kl_alone, without_noise, other_parameters, same_seed, scheduler)}
+def checkpoints(rank: int) -> dict[str, Any]:
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    torch.distributed.broadcast_object_list(folder)
+
+    def run(name: str | None, epochs: int) -> Any:
+        net, model, guide, x, y, _ = setup(rank)
+        optim = distributed.DistributedOptim(pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.9}))
+        file = None if name is None else Path(str(folder[0]), name)
+        try:
+            vdo.fit(model, guide, [(x, y)], epochs=epochs, optim=optim, checkpoint=file, progress=False)
+        except vdo.CheckpointError as error:
+            return str(error)
+        return state(net, guide)
+
+    result = {"whole": run(None, 3), "half": run(f"{rank}", 2), "resumed": run(f"{rank}", 3)}
+    if rank == 1:
+        Path(str(folder[0]), "1").unlink()  # as if it had been killed before it wrote its last one
+    torch.distributed.barrier()
+    result |= {"behind": run(f"{rank}", 4), "shared": run("both", 1)}
+    torch.distributed.barrier()
+    if rank == 0:
+        shutil.rmtree(str(folder[0]))
+    return result
+
+
+CASES = {f.__name__: f for f in (train, kl_alone, without_noise, other_parameters, same_seed, scheduler, checkpoints)}
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +219,16 @@ def test_equal_seeds_are_reported(ranks: list[dict[str, Any]]) -> None:
 def test_a_scheduler_of_pyro_moves_in_fit(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["scheduler"] == (pytest.approx([0.01, 0.005]), pytest.approx([0.01, 0.005, 0.0025]))
+
+
+def test_ranks_resume_from_checkpoints_of_their_own(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        result = rank["checkpoints"]
+        for a, b, c in zip(result["whole"], result["resumed"], ranks[0]["checkpoints"]["whole"], strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+        assert "after epochs [3, 2]" in result["behind"]
+        assert "two ranks share" in result["shared"]
 
 
 @pytest.mark.parametrize("method", ["get_state", "set_state"])

@@ -75,7 +75,19 @@ def test_two_processes_have_one_posterior_and_noise_of_their_own(example: Any, t
     for name, value in state.items():
         assert torch.equal(value, other[name])
     assert not torch.equal(noise, other_noise)
-    loaded = example.SparseDigits.load_from_checkpoint(tmp_path / "network.ckpt", num_examples=1400)
+    loaded = example.SparseDigits.load_from_checkpoint(tmp_path / "network.ckpt")
+    assert loaded.num_examples == 1400
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, state[name])
     assert state["guide.sites.0.weight.log_scale"].std() > 0  # it has learned
+
+
+def test_noise_follows_the_seed_of_lightning(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, noise = example.SparseDigits(1400), []
+    for seed, rank in ((0, 0), (0, 1), (5, 0), (0, 0)):
+        monkeypatch.setattr(example.SparseDigits, "global_rank", rank)
+        torch.manual_seed(seed)
+        network.on_fit_start()
+        noise.append(torch.rand(()).item())
+    assert noise[0] == noise[3]
+    assert len(set(noise)) == 3

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pyro
 import pytest
+import torch
+from pyro.optim.clipped_adam import ClippedAdam
 
 import pyro_vdo as vdo
+from tests.small_run import Case, data
 
 
 def test_piecewise_linear() -> None:
@@ -40,3 +44,25 @@ def test_decays() -> None:
 
 def test_they_show_their_points() -> None:
     assert repr(vdo.kl_warmup(1, 2)) == "PiecewiseLinear(points=((1.0, 0.0), (2.0, 1.0)))"
+
+
+def test_a_schedule_multiplies_what_the_optimizer_makes_of_its_rate() -> None:
+    optim = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.5}
+    history = Case().fit(optim=pyro.optim.ExponentialLR(optim), lr_schedule=lambda epoch: 0.1)
+    assert [row["lr"] for row in history] == pytest.approx([0.001 * 0.5**epoch for epoch in range(4)])
+    args = {"lr": 0.01, "lrd": 0.9}
+    for clipped in (pyro.optim.ClippedAdam(args), lambda params: ClippedAdam(params, **args)):
+        history = Case().fit([data()], optim=clipped, lr_schedule=lambda epoch: 0.0 if epoch == 1 else 0.1)
+        assert [row["lr"] for row in history] == pytest.approx([0.0009, 0.0, 0.00081, 0.000729])
+
+
+def test_schedules_move_within_the_first_epoch_of_a_function() -> None:
+    weights: list[float] = []
+
+    def schedule(epoch: float) -> float:
+        weights.append(epoch)
+        return 1.0
+
+    case = Case()
+    case.fit(lambda: case.batches(), epochs=1, kl_weight=schedule)
+    assert {0.0, 1 / 3, 2 / 3} <= set(weights)

@@ -59,13 +59,13 @@ class JointOptim(PyroOptim):
         state = self._state_waiting_to_be_consumed.pop(pyro.get_param_store().param_name(param), None)
         if state is not None:
             alone.load_state_dict(state)
-        options = _options(alone.param_groups[0])
+        options = options_of(alone.param_groups[0])
         if self.optimizer is None:
             self.optimizer = alone
             self._given.append(given)
         else:
             groups = zip(self.optimizer.param_groups, self._given, strict=True)
-            same = (group for group, other in groups if other == given and _options(group) == options)
+            same = (group for group, other in groups if other == given and options_of(group) == options)
             if (group := next(same, None)) is not None:
                 group["params"].append(param)
             else:
@@ -84,12 +84,13 @@ class JointOptim(PyroOptim):
         store = pyro.get_param_store()
         result: dict[str, Any] = {}
         for param in self.optim_objs:
-            group = _options(self._group_of(param))
+            group = options_of(self._group_of(param))
             own = self.optimizer.state.get(param)  # type: ignore[union-attr]
             state = {} if own is None else {0: own}
             result[str(store.param_name(param))] = {"state": state, "param_groups": [{**group, "params": [0]}]}
         return result
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
+def options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group of parameters."""
     return {key: value for key, value in group.items() if key != "params"}

@@ -15,7 +15,7 @@ from pyro.infer.util import validation_enabled as infer_validation
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from pyro_vdo import _compat
 from pyro_vdo.undrawn import Undrawn
@@ -73,8 +73,10 @@ class DataTerm(Messenger):
                 self.unscaled.add(msg["name"])
 
     @torch.no_grad()
-    def take(self, num_runs: int = 1) -> Tensor:
-        """The mean over the last ``num_runs`` runs of the model since the last call, and over the particles in them."""
+    def take(self, loss: Any = None) -> Tensor:
+        """The mean over the runs of the model since the last call that ``loss`` makes, and the particles in them."""
+        vectorized = getattr(loss, "vectorize_particles", False)
+        num_runs = 1 if vectorized else int(getattr(loss, "num_particles", 1))
         runs, self._runs = self._runs, []
         sites = [site for run in runs[-num_runs:] for site in run]  # in its first step Pyro also runs it for its shape
         parts = [
@@ -115,6 +117,18 @@ def data_term_of(model: Callable[..., Any], guide: Callable[..., Any], batch: Ba
     return float(recorder.take())
 
 
+def mean_data_term(model: Callable[..., Any], guide: Callable[..., Any], batches: Iterable[Batch]) -> float | None:
+    """The data term of all ``batches``, each of which is scaled to the whole data: large ones count for more."""
+    pairs = [(data_term_of(model, guide, batch), _num_points(batch)) for batch in batches]
+    count = sum(number for _, number in pairs)
+    return sum(term * number for term, number in pairs) / count if pairs else None
+
+
+def _num_points(batch: Batch) -> int:
+    """The length of the first tensor."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0), 1)
+
+
 # --------------------------------------------------------------------------- parameters
 
 
@@ -138,6 +152,12 @@ def named_parameters(capture: Any) -> dict[str, Tensor]:
             unique = f"{plain}#{count}"
         result[unique] = param
     return result
+
+
+def joined(known: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``known`` parameters, in their order and under their latest names, and then the ``new`` ones."""
+    names = {id(param): name for name, param in new.items()}
+    return {names.get(id(param), name): param for name, param in known.items()} | dict(new)
 
 
 @torch.no_grad()

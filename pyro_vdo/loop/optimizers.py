@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+import torch.distributed as dist
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch import Tensor
 from pyro_vdo import _compat
 from pyro_vdo.distributed import DistributedOptim
 from pyro_vdo.loop.checkpoint import CheckpointError
-from pyro_vdo.loop.joint_optim import JointOptim
+from pyro_vdo.loop.joint_optim import JointOptim, options_of
 from pyro_vdo.loop.untrusted import check_optimizer, check_scheduler, guarded
 
 Options = Callable[[str], Mapping[str, Any]]
@@ -58,13 +61,25 @@ def _rate(group: Mapping[str, Any]) -> float:
     return float(group.get("lr", math.nan))
 
 
-def _set_rate(group: dict[str, Any], lr: float, name: str) -> None:
-    if "lr" not in group:
+@contextmanager
+def _scaled(groups: Iterable[dict[str, Any]], factor: float | None, name: str) -> Iterator[None]:
+    """The learning rates times ``factor`` while a step is taken; what the step itself makes of them (lrd) stays."""
+    groups = [] if factor is None else list(groups)
+    if any("lr" not in group for group in groups):
         raise ValueError(
             f"fit: lr_schedule multiplies the option lr, which {name} does not have; leave out lr_schedule, or choose "
             "another optimizer"
         )
-    group["lr"] = lr
+    own = [group["lr"] for group in groups]
+    scaled = [lr * factor for lr in own]
+    for group, lr in zip(groups, scaled, strict=True):
+        group["lr"] = lr
+    try:
+        yield
+    finally:
+        for group, before, lr in zip(groups, own, scaled, strict=True):
+            changed = group["lr"] is not lr and group["lr"] != lr and factor
+            group["lr"] = group["lr"] / factor if changed else before
 
 
 def _check_rate(before: float, now: float) -> None:
@@ -83,7 +98,9 @@ class TorchOptimizer:
         self._factory = factory
         self._options = options
         self._known: set[Tensor] = set()
+        self._own: list[dict[str, Any]] = []  # the options that param_options gave to each group
         self._base: list[float] = []
+        self._factor: float | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
     def prepare(self, params: Mapping[str, Tensor]) -> None:
@@ -94,35 +111,53 @@ class TorchOptimizer:
         groups: list[dict[str, Any]] = []
         for name, param in new.items():
             own = dict(self._options(name)) if self._options is not None else {}
-            group = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == own), None)
+            group = next((g for g in groups if options_of(g) == own), None)
             if group is None:
                 groups.append(group := {"params": [], **own})
             group["params"].append(param)
         if self.optimizer is None:
+            self._own = [options_of(group) for group in groups]
             self.optimizer = self._factory(groups)
+            if isinstance(self.optimizer, torch.optim.LBFGS):
+                raise TypeError("fit: LBFGS asks for the loss several times a step, which fit does not; choose another")
         else:
             for group in groups:
-                self.optimizer.add_param_group(group)
+                self._add(group)
         self._known.update(new.values())
         self._base.extend(_rate(group) for group in self.optimizer.param_groups[len(self._base) :])
+
+    def _add(self, group: dict[str, Any]) -> None:
+        """Add parameters to the group of the same options, as if they had been there from the first step on."""
+        assert self.optimizer is not None
+        own = options_of(group)
+        state = self._factory([dict(group)]).state  # Adagrad has one before its first step
+        if own in self._own and len(self._own) == len(self.optimizer.param_groups):
+            self.optimizer.param_groups[self._own.index(own)]["params"].extend(group["params"])
+        else:
+            self.optimizer.add_param_group(group)
+            self._own.append(own)
+        self.optimizer.state.update(state)
 
     def step(self, params: Iterable[Tensor]) -> None:
         """One step with the gradients that are there."""
         assert self.optimizer is not None
-        self.optimizer.step()
+        with _scaled(self.optimizer.param_groups, self._factor, self.name):
+            self.optimizer.step()
 
     def set_factor(self, factor: float) -> None:
-        """Multiply the initial learning rates by ``factor``."""
-        if self.optimizer is not None:
-            for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
-                _set_rate(group, base * factor, self.name)
+        """From now on steps multiply the learning rates by ``factor``."""
+        self._factor = factor
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first parameter; nan where there is none."""
-        return math.nan if self.optimizer is None else _rate(self.optimizer.param_groups[0])
+        """The learning rate of the first parameter in the last step; nan where there is none."""
+        rate = math.nan if self.optimizer is None else _rate(self.optimizer.param_groups[0])
+        return rate if self._factor is None else rate * self._factor
 
     def end_epoch(self) -> None:
+        """Nothing to do for a torch optimizer."""
+
+    def check_ranks(self, path: Path, epoch: int) -> None:
         """Nothing to do for a torch optimizer."""
 
     def state(self, params: Mapping[str, Tensor]) -> Any:
@@ -182,26 +217,20 @@ class PyroOptimizer:
             else:
                 _compat.take_in(self._owner, param)
         for group in self._groups() if fresh else ():
-            self._initial_rate(group)
-        if fresh and self._factor is not None:
-            self.set_factor(self._factor)
-        self.optimizer(params)
+            base = next((self._base[param] for param in group["params"] if param in self._base), _rate(group))
+            self._base.update(dict.fromkeys(group["params"], base))
+        with _scaled(self._groups(), self._factor, self.name):
+            self.optimizer(params)
 
     def set_factor(self, factor: float) -> None:
-        """Multiply the initial learning rates by ``factor``."""
+        """From now on steps multiply the learning rates by ``factor``."""
         self._factor = factor
-        for group in self._groups():
-            _set_rate(group, self._initial_rate(group) * factor, self.name)
-
-    def _initial_rate(self, group: Mapping[str, Any]) -> float:
-        base = next((self._base[param] for param in group["params"] if param in self._base), _rate(group))
-        self._base.update(dict.fromkeys(group["params"], base))
-        return base
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first parameter; nan where there is none."""
-        return next(map(_rate, self._groups()), math.nan)
+        """The learning rate of the first parameter in the last step; nan where there is none."""
+        rate = next(map(_rate, self._groups()), math.nan)
+        return rate if self._factor is None else rate * self._factor
 
     def end_epoch(self) -> None:
         """Advance Pyro's learning rate schedulers."""
@@ -241,3 +270,24 @@ class PyroOptimizer:
             check_scheduler(each, saved["scheduler"])
             saved = saved["optimizer"]
         check_optimizer(getattr(each, "optimizer", each), saved)
+
+    def check_ranks(self, path: Path, epoch: int) -> None:
+        """The processes of a :class:`DistributedOptim` have checkpoints of their own, of the same epoch.
+
+        :raises CheckpointError: if they do not.
+        """
+        if not isinstance(self.optimizer, DistributedOptim):
+            return
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (str(path.absolute()), epoch))
+        paths, epochs = zip(*everyone, strict=True)
+        if len(set(paths)) < len(paths):
+            raise CheckpointError(
+                f"checkpoint: two ranks share '{path}', but each has random numbers of its own; give each a file of "
+                "its own, such as checkpoint=f'run-{torch.distributed.get_rank()}'"
+            )
+        if len(set(epochs)) > 1:
+            raise CheckpointError(
+                f"checkpoint: the ranks would go on after epochs {list(epochs)}. Delete the files of those that are "
+                "ahead to resume from the ones before ('NAME.previous'), or pass resume=False to start anew."
+            )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pyro_vdo.loop.checkpoint import CheckpointError
 from pyro_vdo.loop.untrusted import check_generator, guarded
@@ -105,6 +105,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield "generator", value.generator
         yield "sampler", value.sampler
         yield "batch_sampler", value.batch_sampler
+        yield "dataset", value.dataset
+        yield "collate_fn", value.collate_fn
     elif isinstance(value, (dict, list, tuple)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         few = len(value) <= _FEW  # else it is data
@@ -116,7 +118,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif not isinstance(value, (Tensor, type, *_GENERATORS)) and hasattr(value, "__dict__"):
         module = type(value).__module__
         own_object = module.partition(".")[0] not in ("torch", "pyro", "numpy", "pandas")
-        if (own_object or "ampler" in type(value).__name__) and not inspect.ismodule(value):
+        of_data = isinstance(value, Dataset) or "ampler" in type(value).__name__
+        if (own_object or of_data) and not inspect.ismodule(value):
             yield from vars(value).items()
             call = vars(type(value)).get("__call__")
             if _is_own(module) and call is not None:
@@ -247,10 +250,13 @@ def _same_names(what: str, now: Mapping[str, Any], saved: Mapping[str, Any]) -> 
         )
 
 
-def called(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` if it takes as many arguments, else ``function()``."""
+def called(function: Callable[..., Any], name: str, value: Any) -> Any:
+    """``function(value)`` if its first parameter must be given, is ``*args`` or has this name, else ``function()``."""
     try:
-        inspect.signature(function).bind(*args)
-    except TypeError:
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+    except ValueError:  # some functions written in C
+        first = None
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
         return function()
-    return function(*args)
+    wants = first.name == name or (first.default is first.empty)
+    return function(value) if wants else function()

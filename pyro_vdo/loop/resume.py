@@ -26,7 +26,7 @@ from pyro_vdo.loop.reproducible import (
 from pyro_vdo.loop.untrusted import check_fields, check_random_state, check_tensors
 from pyro_vdo.schedules import Schedule
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -72,10 +72,14 @@ class Resumable:
     _file: CheckpointFile | None
     _params: dict[str, Tensor]
     _num_batches: int | None
+    _batch: Batch
     _best: dict[str, Any] | None
     _stopped: bool
 
     def _to_batch(self, raw: Any) -> Batch:
+        raise NotImplementedError
+
+    def _loss_and_grads(self, kl_weight: float) -> float:
         raise NotImplementedError
 
     def _snapshot(self) -> dict[str, Any]:
@@ -131,7 +135,7 @@ class Resumable:
         other = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in self._program().items() if before.get(k) != v]
         if other:
             raise CheckpointError(f"checkpoint '{path}' belongs to another run: {', '.join(other)}. {anew}")
-        self._find_params()
+        self._find_params(state["params"])
         try:
             self._check(state)
             self.optimizer.load(self._params, state["optimizer"])
@@ -140,16 +144,33 @@ class Resumable:
             raise CheckpointError(f"checkpoint '{path}' does not fit: {error}. {anew}") from error
         self._load_params(state["params"])
         self.epoch, self.step, self._best = state["epoch"], state["step"], state["best"]
-        self._num_batches, self._stopped = state["num_batches"], state["stopped"]
+        self._stopped = state["stopped"]
+        if self._num_batches is None:  # else the data may have become more
+            self._num_batches = state["num_batches"]
         self.history[:] = state["history"]
         set_random_state(state["random"])
 
-    def _find_params(self) -> None:
-        """Run model and guide to learn their parameters, and leave random states and buffers as they were."""
+    def _find_params(self, saved: Mapping[str, Any]) -> None:
+        """Run model and guide to learn their parameters, and leave random states and buffers as they were.
+
+        The first batch shows them all, but in models whose steps use different parts; order and names are as saved.
+        """
         kept = [(value, value.clone()) for _, _, value in self.objects.buffers().values() if value is not None]
         with preserved_random_state():
-            first = next(iter(called(self.data, 0) if callable(self.data) else self.data))
-            self._params = objective.parameters_of(self.model, self.guide, self._to_batch(first))
+            for raw in called(self.data, "epoch", 0) if callable(self.data) else self.data:
+                self._batch = self._to_batch(raw)
+                found = objective.parameters_of(self.model, self.guide, self._batch)
+                self._params = objective.joined(self._params, found)
+                if saved.keys() <= self._params.keys():
+                    break
+            if hasattr(self.settings.loss, "loss_and_grads"):
+                found = self._params
+                self._loss_and_grads(float(self.settings.kl_weight(0.0)))  # its first call draws more than others
+                for param in self._params.values():
+                    param.grad = None
+                self._params = found
+        if saved.keys() == self._params.keys():
+            self._params = {name: self._params[name] for name in saved}
         for buffer, value in kept:
             buffer.data.copy_(value)
 

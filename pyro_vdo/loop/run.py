@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -53,7 +53,8 @@ class Run(Resumable):
         self._compiled = _compat.is_compiled(settings.loss)
         self._recorder = DataTerm()
         self._recorded = model if self._compiled else self._recorder(model)
-        self._params: dict[str, Tensor] = {}
+        self._params: dict[str, Tensor] = {}  # all so far: a step need not use every one
+        self._used: dict[str, Tensor] = {}  # those of the last step
         self._num_batches: int | None = _length(data)
         self._mutable: list[Tensor] | None = None  # buffers that a step changes, such as those of BatchNorm
         self._in_training: frozenset[int] = frozenset()  # the modules in training mode when these were found
@@ -99,11 +100,13 @@ class Run(Resumable):
             if self.settings.device is not None or self.settings.dtype is not None:
                 module.to(device=self.settings.device, dtype=self.settings.dtype)
             module.zero_grad(set_to_none=True)
-        if self._file is not None and self.settings.resume is not False:
-            if self._file.exists():
-                self._resume(self._file.read())
-            elif self.settings.resume is True:
-                raise CheckpointError(f"checkpoint '{self._file.path}' does not exist, and resume=True demands it")
+        if self._file is None:
+            return
+        if self.settings.resume is not False and self._file.exists():
+            self._resume(self._file.read())
+        elif self.settings.resume is True:
+            raise CheckpointError(f"checkpoint '{self._file.path}' does not exist, and resume=True demands it")
+        self.optimizer.check_ranks(self._file.path, self.epoch)
 
     def _progress(self) -> Any:
         count = self._num_batches
@@ -119,7 +122,10 @@ class Run(Resumable):
             bar.set_description(f"epoch {self.epoch + 1}/{self.settings.epochs}", refresh=False)
         with turn():
             self._find_modes()
-            batches = iter(called(self.data, self.epoch) if callable(self.data) else self.data)
+            source = called(self.data, "epoch", self.epoch) if callable(self.data) else self.data
+            if self._num_batches is None:
+                self._num_batches = _length(source)
+            batches = iter(source)
         while True:
             with turn():
                 raw = next(batches, _END)
@@ -132,9 +138,8 @@ class Run(Resumable):
                     )
                 if count == 1 and self.epoch == 0:
                     self._check_scale(before)
-                total += self._do_step(count)
-                if not self._compiled:
-                    data_term = self._recorder.take(_runs_of(self.settings.loss)) + data_term
+                loss, part = self._do_step(count)
+                total, data_term = total + loss, part + data_term
             count += 1
             if bar is not None:
                 bar.update(int(self._bar_of_steps))
@@ -179,7 +184,8 @@ class Run(Resumable):
 
     # ----------------------------------------------------------------- one step
 
-    def _do_step(self, at: int) -> float:
+    def _do_step(self, at: int) -> tuple[float, Tensor | float]:
+        """Loss and data term of a step that is taken."""
         settings = self.settings
         position = self.epoch + (at / self._num_batches if self._num_batches else 0.0)
         self._kl_weight = float(settings.kl_weight(position))
@@ -197,14 +203,24 @@ class Run(Resumable):
             raise
         if self._mutable is None:
             self._mutable = [buffer for buffer, value in saved if not torch.equal(buffer, value)]
+        data_term = self._data_term(loss)  # before the step, which changes the parameters of recorded distributions
         self.optimizer.prepare(self._params)
         if settings.lr_schedule is not None:
             self.optimizer.set_factor(float(settings.lr_schedule(position)))
-        self.optimizer.step(list(self._params.values()))
+        self.optimizer.step(list(self._used.values()))
         for param in self._params.values():
             param.grad = None
         self.step += 1
-        return loss
+        return loss, data_term
+
+    def _data_term(self, loss: float) -> Tensor | float:
+        """As recorded; what cannot be recorded is the loss without the KL."""
+        if not self._compiled:
+            recorded = self._recorder.take(self.settings.loss)
+            if self._recorder.complete:
+                return recorded
+        with self._undisturbed():
+            return loss - self._kl_weight * objective.kl_of(self.model, self.guide, self._batch)
 
     def _loss_and_grads(self, kl_weight: float) -> float:
         args, kwargs = self._batch
@@ -222,8 +238,12 @@ class Run(Resumable):
             except Exception as error:
                 self._explain(error)
                 raise
-        self._params = objective.named_parameters(capture)
-        if not any(param.requires_grad for param in self._params.values()):
+        self._used = objective.named_parameters(capture)
+        self._params = objective.joined(self._params, self._used)
+        if self._best is not None:  # what is met for the first time has still the value of the best epoch
+            best = self._best["snapshot"]["params"]
+            best |= {name: param.detach().clone() for name, param in self._params.items() if name not in best}
+        if not any(param.requires_grad for param in self._used.values()):
             raise ValueError("fit: neither model nor guide has a parameter to train, one with requires_grad")
         # A Python number stays one: float32 ends at 3e38.
         parts = value if isinstance(value, tuple) else (value,)
@@ -283,8 +303,6 @@ class Run(Resumable):
             self.guide.prune(float(settings.prune(position)))
         with self._undisturbed():
             kl = objective.kl_of(self.model, self.guide, self._batch)
-        if self._compiled or not self._recorder.complete:
-            data_term = loss - self._kl_weight * kl
         row: dict[str, Any] = {"epoch": self.epoch + 1, "loss": loss, "nll": data_term, "kl": kl}
         row |= {"kl_weight": self._kl_weight, "lr": self.optimizer.lr} | self._counts()
         last = self.epoch + 1 == settings.epochs
@@ -305,10 +323,12 @@ class Run(Resumable):
     def _undisturbed(self) -> Iterator[None]:
         """Random state and changing buffers as they were found."""
         saved = self._saved_buffers()
-        with preserved_random_state(), torch.no_grad():
-            yield
-        for buffer, value in saved:
-            buffer.data.copy_(value)
+        try:
+            with preserved_random_state(), torch.no_grad():
+                yield
+        finally:
+            for buffer, value in saved:
+                buffer.data.copy_(value)
 
     def _counts(self) -> dict[str, Any]:
         if not hasattr(self.guide, "posteriors"):
@@ -326,19 +346,15 @@ class Run(Resumable):
         validate = self.settings.validate
         with self._undisturbed(), self._evaluating():
             if callable(validate):
-                result = called(validate, self)
+                result = called(validate, "run", self)
             else:
-                result = {"nll": self._mean_data_term(map(self._to_batch, validate))}
+                mean = objective.mean_data_term(self.model, self.guide, map(self._to_batch, validate))
+                if mean is None:
+                    raise ValueError(f"fit: validate gave no batches in epoch {self.epoch + 1}")
+                result = {"nll": mean}
         if not isinstance(result, Mapping):
             return {"val": float(result)}
         return {key if key.startswith("val_") else f"val_{key}": float(value) for key, value in result.items()}
-
-    def _mean_data_term(self, batches: Iterable[Batch]) -> float:
-        """The data term of all ``batches``, each of which is scaled to the whole data: large ones count for more."""
-        pairs = [(objective.data_term_of(self.model, self.guide, batch), _num_points(batch)) for batch in batches]
-        if not pairs:
-            raise ValueError(f"fit: validate gave no batches in epoch {self.epoch + 1}")
-        return sum(term * count for term, count in pairs) / sum(count for _, count in pairs)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -391,15 +407,5 @@ def _length(data: Any) -> int | None:
         return None
 
 
-def _num_points(batch: Batch) -> int:
-    """The length of the first tensor."""
-    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0), 1)
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.data_ptr() == b.data_ptr()
-
-
-def _runs_of(loss: Any) -> int:
-    """How often a step runs the model."""
-    return 1 if getattr(loss, "vectorize_particles", False) else int(getattr(loss, "num_particles", 1))
