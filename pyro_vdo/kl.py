@@ -152,12 +152,11 @@ def _normal_scale_mixture(q: Normal, p: NormalScaleMixture) -> Tensor:
 
 def _pruned(q: Any, p: Distribution) -> Tensor:
     """The KL of torch, elementwise; of a pruned weight -log p(0), as in ``Trace_ELBO``."""
-    if q.kept is None:
-        kl: Tensor = kl_divergence(Normal(q.loc, q.scale, validate_args=False), p)
-        return kl
-    scale = torch.where(q.kept, q.scale, torch.ones_like(q.scale))
-    kl = kl_divergence(Normal(q.loc, scale, validate_args=False), p)
-    return torch.where(q.kept, kl, -p.log_prob(torch.zeros_like(q.loc)))
+    scale = q.scale if q.kept is None else torch.where(q.kept, q.scale, torch.ones_like(q.scale))
+    kl: Tensor = kl_divergence(Normal(q.loc, scale, validate_args=False), p)
+    if q.kept is not None:
+        kl = torch.where(q.kept, kl, -p.log_prob(torch.zeros_like(q.loc)))
+    return kl
 
 
 def _correlated(q: Any, p: Distribution) -> Tensor:
@@ -168,16 +167,15 @@ def _correlated(q: Any, p: Distribution) -> Tensor:
     """
     excess = q.scale.log() - q.log_conditional
     excess = excess if q.kept is None else excess * q.kept
-    return kl_divergence(q.marginals(), p) + excess
+    kl: Tensor = kl_divergence(q.marginals(), p) + excess
+    return kl
 
 
 def _to_correlated(q: Any, p: Any) -> Tensor:
     """KL between Normals of which p has a covariance, elementwise by the chain rule of p."""
     correlated = isinstance(q, CorrelatedNormal | DrawnCorrelatedNormal)
-    factor, log_conditional = (
-        (q.factor, q.log_conditional) if correlated else (torch.diag_embed(q.scale), _log_scale(q))
-    )
-    ratio = torch.linalg.solve_triangular(p.factor, factor, upper=False)
+    log_conditional = q.log_conditional if correlated else _log_scale(q)
+    ratio = torch.linalg.solve_triangular(p.factor, q.factor if correlated else torch.diag_embed(q.scale), upper=False)
     distance = torch.linalg.solve_triangular(p.factor, (q.loc - p.loc).unsqueeze(-1), upper=False).squeeze(-1)
     kl: Tensor = 0.5 * (ratio.square().sum(-1) + distance.square() - 1) + p.log_conditional - log_conditional
     return kl

@@ -56,11 +56,11 @@ class FactorizedNormal(dist.Normal):
         self._scale: Tensor | None = None
         if scale is not None:
             super().__init__(loc, scale, validate_args=validate_args)
-        elif isinstance(loc, Tensor) and log_scale is not None:
+        elif isinstance(loc, Tensor) and log_scale is not None and log_scale.shape == loc.shape:
             self.loc = loc
             Distribution.__init__(self, loc.shape, validate_args=validate_args)
         else:
-            raise ValueError("FactorizedNormal: give scale, or tensors loc and log_scale")
+            raise ValueError("FactorizedNormal: give scale, or tensors loc and log_scale of one shape")
 
     @property
     def scale(self) -> Tensor:

@@ -172,6 +172,8 @@ def test_bad_masks_and_thresholds() -> None:
         problem.guide.keep({"0.weight": torch.ones(8, 12)})
     with pytest.raises(ValueError, match=r"of shape \(12, 8\)"):
         problem.guide.keep({"0.weight": torch.ones(12, 8, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"is ndarray; it must be a tensor"):
+        problem.guide.keep({"0.weight": torch.ones(8, 12, dtype=torch.bool).numpy()})
     none = torch.zeros(8, 12, dtype=torch.bool)
     with pytest.raises(ValueError, match="no site that can be pruned"):
         problem.guide.keep({"0.weight": none, "9.weight": none})

@@ -178,8 +178,8 @@ def correlated_sample(loc: Tensor, factor: Tensor) -> Tensor:
 class CorrelatedNormal(FactorizedNormal):
     """Normal(loc, F F^T) over each row of a site, whose ``rsample`` is an undrawn weight.
 
-    ``scale``, ``variance``, ``log_alpha``, ``cdf`` and ``icdf`` are those of the marginals; ``log_prob``, ``entropy`` and
-    the divergences follow the chain rule, so that their sums over a row are those of the joint law.
+    ``scale``, ``variance``, ``log_alpha``, ``cdf`` and ``icdf`` are those of the marginals; ``log_prob``, ``entropy``
+    and the divergences follow the chain rule, so that their sums over a row are those of the joint law.
 
     :param loc: mean, (*rows, inputs).
     :param factor: lower triangular, (*rows, inputs, inputs), with a positive diagonal.
