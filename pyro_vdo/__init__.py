@@ -1,6 +1,7 @@
 """Sparse variational dropout for Pyro: priors, guides, pruning and export of Bayesian networks."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from pyro_vdo import kl as _kl  # noqa: F401  registers the divergences
 from pyro_vdo.batches import TensorBatches
@@ -143,8 +144,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(_LAZY[name])
-    return module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)
+if TYPE_CHECKING:  # type checkers take every name for an object where they see __getattr__
+    from pyro_vdo import diagnostics, plots
+    from pyro_vdo.io_arviz import from_pyro_svi
+    from pyro_vdo.reports.weight_table import summary
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(_LAZY[name])
+        return module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)

@@ -176,6 +176,8 @@ def pruned_means(
 
     For arguments and errors see :func:`export`.
     """
+    if not (masks is None or isinstance(masks, Mapping)):
+        raise TypeError(f"export: masks must map sites to boolean tensors, not be a {type(masks).__name__}")
     sites, given = list(sites), dict(masks or {})
     unknown = sorted(given.keys() - set(sites))
     if unknown:
@@ -208,8 +210,8 @@ def _means(sites: Iterable[str], guide: Any, posteriors: Mapping[str, Any]) -> d
 
 
 def _checked_mask(site: str, mask: Tensor, value: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        raise ValueError(f"export: the mask for '{site}' must be boolean, True for the weights to keep")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ValueError(f"export: the mask for '{site}' must be a boolean tensor, True for the weights to keep")
     try:
         return mask.to(value.device).expand(value.shape)
     except RuntimeError:

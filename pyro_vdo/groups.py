@@ -19,14 +19,16 @@ def check_group(group: Group, owner: str) -> Group:
 
     :raises ValueError: for what is neither a name nor dimensions >= 0.
     """
+    wanted = f"{owner}: group must be one of {_NAMES} or a tuple of distinct dimensions >= 0, not {group!r}"
     if isinstance(group, str):
         if group not in _NAMES:
-            raise ValueError(f"{owner}: group must be one of {_NAMES} or a tuple of dimensions, not {group!r}")
+            raise ValueError(wanted)
         return group
-    dims = tuple(group)
-    if not all(isinstance(dim, int) and dim >= 0 for dim in dims) or len(set(dims)) != len(dims):
-        raise ValueError(f"{owner}: the dimensions of a group are distinct integers >= 0, not {group!r}")
-    return dims
+    if not isinstance(group, Sequence) or not all(isinstance(dim, int) and dim >= 0 for dim in group):
+        raise ValueError(wanted)
+    if len(set(group)) != len(group):
+        raise ValueError(wanted)
+    return tuple(int(dim) for dim in group)
 
 
 def shared_dims(group: Group, ndim: int) -> tuple[int, ...]:

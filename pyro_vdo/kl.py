@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Distribution, Normal, kl_divergence, register_kl
+from torch.distributions import Distribution, Gumbel, Laplace, Normal, kl_divergence, register_kl
 
-from pyro_vdo.families.correlated import CorrelatedNormal
+from pyro_vdo.families.correlated import CorrelatedNormal, DrawnCorrelatedNormal
 from pyro_vdo.families.hierarchical import ScaledNormal
 from pyro_vdo.families.multiplicative import GaussianDropoutNormal
 from pyro_vdo.families.scale_mixtures import NormalScaleMixture
@@ -17,6 +18,7 @@ from pyro_vdo.families.structured import TruncatedLogNormal, TruncatedLogUniform
 from pyro_vdo.groups import group_max, group_mean
 from pyro_vdo.log_uniform_fit import LOG_ABS_OFFSET
 from pyro_vdo.numerics import fused
+from pyro_vdo.posteriors import FactorizedNormal, PrunedNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
 from pyro_vdo.special import normal_log_uniform_kl
 
@@ -141,12 +143,23 @@ def _truncated_log_normal_log_uniform(q: TruncatedLogNormal, p: TruncatedLogUnif
 @register_kl(Normal, NormalScaleMixture)
 def _normal_scale_mixture(q: Normal, p: NormalScaleMixture) -> Tensor:
     """-H(q) - log p(sqrt(E w^2)), elementwise: the KL of a weight and its scale, at the scale's best posterior."""
-    kl: Tensor = -q.entropy() - p.log_density_of_square(q.loc.square() + q.scale.square())
-    kept = getattr(q, "kept", None)
-    return kl if kept is None else kl * kept
+    kept, square = getattr(q, "kept", None), q.loc.square() + q.scale.square()
+    if kept is not None:  # the density at a pruned weight, which may have no scale either, may be infinite
+        square = torch.where(kept, square, torch.ones_like(square))
+    kl = -_log_scale(q) - fused.ENTROPY_CONSTANT - p.log_density_of_square(square)
+    return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
 
 
-def _correlated(q: CorrelatedNormal, p: Distribution) -> Tensor:
+def _pruned(q: Any, p: Distribution) -> Tensor:
+    """The KL of torch, elementwise; of a pruned weight -log p(0), as in ``Trace_ELBO``."""
+    scale = q.scale if q.kept is None else torch.where(q.kept, q.scale, torch.ones_like(q.scale))
+    kl: Tensor = kl_divergence(Normal(q.loc, scale, validate_args=False), p)
+    if q.kept is not None:
+        kl = torch.where(q.kept, kl, -p.log_prob(torch.zeros_like(q.loc)))
+    return kl
+
+
+def _correlated(q: Any, p: Distribution) -> Tensor:
     """Elementwise by the chain rule: the KL of the marginal, and log of its scale over the conditional one.
 
     The prior is factorised, so that E log p(w) needs the marginals only; the sum over a row of what is added is the
@@ -154,8 +167,25 @@ def _correlated(q: CorrelatedNormal, p: Distribution) -> Tensor:
     """
     excess = q.scale.log() - q.log_conditional
     excess = excess if q.kept is None else excess * q.kept
-    return kl_divergence(q.marginals(), p) + excess
+    kl: Tensor = kl_divergence(q.marginals(), p) + excess
+    return kl
 
 
-for _prior in (Normal, LogUniform, EmpiricalBayesNormal, ScaledNormal, NormalScaleMixture):
-    register_kl(CorrelatedNormal, _prior)(_correlated)
+def _to_correlated(q: Any, p: Any) -> Tensor:
+    """KL between Normals of which p has a covariance, elementwise by the chain rule of p."""
+    correlated = isinstance(q, CorrelatedNormal | DrawnCorrelatedNormal)
+    log_conditional = q.log_conditional if correlated else _log_scale(q)
+    ratio = torch.linalg.solve_triangular(p.factor, q.factor if correlated else torch.diag_embed(q.scale), upper=False)
+    distance = torch.linalg.solve_triangular(p.factor, (q.loc - p.loc).unsqueeze(-1), upper=False).squeeze(-1)
+    kl: Tensor = 0.5 * (ratio.square().sum(-1) + distance.square() - 1) + p.log_conditional - log_conditional
+    return kl
+
+
+for _law in (CorrelatedNormal, DrawnCorrelatedNormal):
+    for _prior in (Normal, Laplace, Gumbel, LogUniform, EmpiricalBayesNormal, ScaledNormal, NormalScaleMixture):
+        register_kl(_law, _prior)(_correlated)
+    for _other in (Normal, FactorizedNormal, PrunedNormal, CorrelatedNormal, DrawnCorrelatedNormal):
+        register_kl(_other, _law)(_to_correlated)
+for _prior in (Normal, Laplace, Gumbel):
+    register_kl(FactorizedNormal, _prior)(_pruned)
+    register_kl(PrunedNormal, _prior)(_pruned)

@@ -60,7 +60,7 @@ def to_bayesian(
     :param where: which parameters: a list of parameter names, or a predicate ``(parameter name, module) -> bool`` over
         all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers).
     :param name: prefix of the site names, needed where one model calls several networks.
-    :raises TypeError: if ``net`` is no module or ``prior`` no distribution.
+    :raises TypeError: if ``net`` is no module, ``prior`` no distribution, or ``where`` neither names nor a function.
     :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), compiled
         modules, weights that a hook computes, unknown names, or a network without any weight to convert. ``net``
         itself is left as it is.
@@ -188,6 +188,11 @@ def _check_keys(priors: Mapping[Any, Prior], candidates: Iterable[str], net: nn.
 def _names(candidates: Mapping[str, tuple[str, nn.Module]], where: Any) -> list[str]:
     if where is None:
         return [n for n, (_, m) in candidates.items() if isinstance(m, LAYERS) and n.rpartition(".")[2] == "weight"]
+    if isinstance(where, type) or not (callable(where) or isinstance(where, Iterable)):
+        raise TypeError(
+            "to_bayesian: where must be a list of parameter names or a function of parameter name and module, such as "
+            f"lambda name, module: isinstance(module, nn.Linear), not {where!r}"
+        )
     if callable(where):
         return [n for n, (_, m) in candidates.items() if where(n, m)]
     names = [where] if isinstance(where, str) else list(where)

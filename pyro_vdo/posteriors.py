@@ -56,11 +56,11 @@ class FactorizedNormal(dist.Normal):
         self._scale: Tensor | None = None
         if scale is not None:
             super().__init__(loc, scale, validate_args=validate_args)
-        elif isinstance(loc, Tensor) and log_scale is not None:
+        elif isinstance(loc, Tensor) and log_scale is not None and log_scale.shape == loc.shape:
             self.loc = loc
             Distribution.__init__(self, loc.shape, validate_args=validate_args)
         else:
-            raise ValueError("FactorizedNormal: give scale, or tensors loc and log_scale")
+            raise ValueError("FactorizedNormal: give scale, or tensors loc and log_scale of one shape")
 
     @property
     def scale(self) -> Tensor:
@@ -132,14 +132,24 @@ class FactorizedNormal(dist.Normal):
             return PrunedNormal(self.loc, scale, self.kept)
         return DrawnNormal(self.loc, scale, validate_args=False)
 
+    def entropy(self) -> Tensor:
+        """Entropy, elementwise; 0 for pruned weights."""
+        result: Tensor = super().entropy()
+        return result if self.kept is None else torch.where(self.kept, result, torch.zeros_like(result))
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Distribution function; pruned weights are 0."""
+        return self.drawn().cdf(value)  # type: ignore[no-any-return]
+
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles; 0 for pruned weights."""
         return self.drawn().icdf(value)  # type: ignore[no-any-return]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at real numbers; at an undrawn weight minus its entropy, elementwise."""
+        """Log density at real numbers; at an undrawn weight minus its entropy, elementwise; 0 for pruned weights."""
         if not isinstance(value, Undrawn):
-            return _normal_log_prob(self, value)
+            density = _normal_log_prob(self, value)
+            return density if self.kept is None else density * self.kept
         if isinstance(value, GaussianWeight) and self._is_law_of(value):
             return value.expected_log_law()
         return _expected_normal_log_prob(self, value)
@@ -196,6 +206,15 @@ class PrunedNormal(DrawnNormal):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density, elementwise; 0 for the pruned weights."""
         return super().log_prob(value) * self.kept
+
+    def entropy(self) -> Tensor:
+        """Entropy, elementwise; 0 for the pruned weights."""
+        return super().entropy() * self.kept  # type: ignore[no-any-return]
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Distribution function; pruned weights are 0."""
+        normal: Tensor = super().cdf(value)
+        return torch.where(self.kept, normal, (value >= 0).to(normal))
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles; 0 for the pruned weights."""

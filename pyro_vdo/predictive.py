@@ -55,6 +55,8 @@ class LocalPredictive:
         self.model = model
         self.guide = guide
         self.num_samples = num_samples
+        if isinstance(return_sites, str):
+            raise ValueError(f"LocalPredictive: return_sites must be a list, write return_sites=[{return_sites!r}]")
         self.return_sites = None if return_sites is None else tuple(return_sites)
         self.chunk_size = chunk_size
         self.max_plate_nesting = max_plate_nesting

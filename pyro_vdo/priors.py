@@ -78,7 +78,8 @@ class WeightPrior(TorchDistribution):
         if isinstance(value, PrunedDraw):  # a pruned weight is 0, where these densities may be infinite
             safe = torch.where(value.kept, value, torch.ones_like(value))
             return self.log_density(fused.widened(safe)) * value.kept
-        return self.log_density(fused.widened(value))  # in half precision the sum over a weight overflows
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        return self.log_density(fused.widened(value).expand(shape))  # in half precision the sum over a weight overflows
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """Declare the rightmost dimensions dependent, as in Pyro."""

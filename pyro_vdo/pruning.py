@@ -55,10 +55,11 @@ class Prunable:
             if name not in names:
                 raise ValueError(f"keep: '{name}' is no site that can be pruned; these are {sorted(names)}")
             part = self._site(name)
-            if mask.dtype != torch.bool or mask.shape != part.loc.shape:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != part.loc.shape:
+                what = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(
-                    f"keep: the mask of '{name}' is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool "
-                    f"of shape {tuple(part.loc.shape)}"
+                    f"keep: the mask of '{name}' is {what}; it must be a tensor, torch.bool of shape "
+                    f"{tuple(part.loc.shape)}"
                 )
         for name, mask in masks.items():
             part = self._site(name)

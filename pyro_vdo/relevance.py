@@ -84,7 +84,8 @@ def masks(guide: Guide, threshold: float | Mapping[str, float] = THRESHOLD) -> d
     A weight whose mean is exactly zero has log alpha = inf and is never kept.
 
     :param threshold: one number, or a mapping from site to number (other sites: the default, 3).
-    :raises ValueError: if a threshold is not a number, or is given for a site that does not exist.
+    :raises TypeError: if a threshold is not a number.
+    :raises ValueError: if a threshold is nan, or is given for a site that does not exist.
     """
     by_site = log_alpha(guide)
     limits = _thresholds(threshold, by_site)
@@ -94,11 +95,16 @@ def masks(guide: Guide, threshold: float | Mapping[str, float] = THRESHOLD) -> d
 def checked_threshold(value: float, what: str = "threshold") -> float:
     """A threshold of log alpha.
 
+    :raises TypeError: for what is not a number.
     :raises ValueError: for nan, below which no weight would be kept.
     """
-    if math.isnan(value):
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what} must be one number, by default {THRESHOLD:g}, not {value!r}") from error
+    if math.isnan(number):
         raise ValueError(f"{what} is nan; it must be a number, by default {THRESHOLD:g}")
-    return value
+    return number
 
 
 def _thresholds(threshold: float | Mapping[str, float], sites: Iterable[str]) -> dict[str, float]:
@@ -107,9 +113,7 @@ def _thresholds(threshold: float | Mapping[str, float], sites: Iterable[str]) ->
     unknown = sorted(given.keys() - set(names))
     if unknown:
         raise ValueError(f"threshold is given for {unknown}; the sites are {sorted(names)}")
-    return {
-        name: checked_threshold(float(given.get(name, THRESHOLD)), f"threshold for site '{name}'") for name in names
-    }
+    return {name: checked_threshold(given.get(name, THRESHOLD), f"threshold for site '{name}'") for name in names}
 
 
 @dataclass(frozen=True)

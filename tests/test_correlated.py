@@ -58,6 +58,21 @@ def test_kl_to_a_normal_prior_is_that_of_the_multivariate_normal():
     torch.testing.assert_close(elementwise.sum(-1), kl_divergence(joint(q), prior))
 
 
+def test_entropy_and_divergences_are_those_of_the_joint_law_drawn_or_not():
+    q, p = posterior(4), posterior(4)
+    for law in (q, q.drawn()):
+        torch.testing.assert_close(law.entropy().sum(-1), joint(q).entropy())
+        for prior in (*PRIORS.values(), dist.Laplace(0.0, 1.0)):
+            prior = prior.expand((4, 3))
+            torch.testing.assert_close(kl_divergence(law, prior), kl_divergence(q, prior))
+        for other in (p, p.drawn()):
+            torch.testing.assert_close(kl_divergence(law, other).sum(-1), kl_divergence(joint(q), joint(p)))
+    normal = dist.Normal(q.loc, q.scale)
+    expected = kl_divergence(dist.MultivariateNormal(q.loc, scale_tril=torch.diag_embed(q.scale)), joint(p))
+    for law in (normal, vdo.FactorizedNormal(q.loc, q.scale)):
+        torch.testing.assert_close(kl_divergence(law, p).sum(-1), expected)
+
+
 def test_kl_to_empirical_bayes_is_half_the_log_ratio_of_the_second_moments_to_the_determinant():
     """log prod lambda_i - log det Sigma / 2 with lambda_i^2 = mu_i^2 + Sigma_ii: the other terms cancel."""
     q = posterior(4)

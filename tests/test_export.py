@@ -197,6 +197,10 @@ def test_errors_name_the_remedy() -> None:
         export(bayes, {"0.weight": guide.posteriors()["0.weight"], "8.weight": guide.posteriors()["8.weight"]})
     with pytest.raises(RuntimeError, match="setup"):
         export(bayes, vdo.AutoFactorizedNormal(lambda x: bayes(x)))
+    with pytest.raises(TypeError, match="masks must map sites to boolean tensors"):
+        export(bayes, guide, masks=torch.ones(2, dtype=torch.bool))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be a boolean tensor"):
+        export(bayes, guide, masks={"0.weight": True})  # type: ignore[dict-item]
 
 
 def test_prune_module() -> None:

@@ -97,3 +97,9 @@ def test_groups_that_are_no_dimensions_are_refused():
             "output", weight_layout(nn.ConvTranspose2d(4, 6, 3, groups=2), "weight"), torch.Size((4, 3, 3, 3))
         )
     assert resolve_group("input", weight_layout(layer, "bias"), torch.Size((6,))) == "input"
+
+
+@pytest.mark.parametrize("group", ["inputs", None, 1, (0, 0), (-1,)])
+def test_groups_of_other_kinds_are_refused(group):
+    with pytest.raises(ValueError, match="EmpiricalBayesNormal: group must be one of"):
+        vdo.EmpiricalBayesNormal(group)

@@ -360,3 +360,16 @@ def test_arguments_are_checked():
     guide = vdo.AutoFactorizedNormal(regression(net)).setup(x, y)
     with pytest.raises(vdo.ExportError, match="would start anew"):
         shrink(net, guide, x)
+
+
+def test_laws_that_reach_below_zero_and_counts_are_refused() -> None:
+    for law in (dist.Uniform(-0.5, 1.0), dist.Uniform(-5.0, -3.0), dist.Poisson(3.0)):
+        with pytest.raises(ValueError, match="law of one positive number"):
+            vdo.HierarchicalNormal(layer=law)
+    vdo.HierarchicalNormal(layer=dist.Uniform(0.0, 1.0))
+
+
+def test_a_scaled_normal_has_a_positive_scale() -> None:
+    assert vdo.ScaledNormal(2.0).expand((3,)).scale.tolist() == [2.0] * 3
+    with pytest.raises(ValueError, match="scale must be > 0"):
+        vdo.ScaledNormal(torch.tensor([1.0, -1.0]))

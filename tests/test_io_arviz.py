@@ -175,6 +175,7 @@ def test_only_the_kept_weights() -> None:
         ({"sel": {"0.weight_in": [99]}}, "99"),
         ({"coords": {"0.weight_in": [1, 2]}}, "has 2 labels"),
         ({"coords": {"nowhere": [1]}}, "nowhere"),
+        ({"dims": {"nowhere": ["a"]}}, r"dims names \['nowhere'\], which are no sites"),
         ({"dims": {"0.weight": ["a"]}}, "0.weight"),
         ({"num_samples": 0}, "num_samples"),
     ],

@@ -453,3 +453,11 @@ def test_priors_by_module_object_are_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="by parameter name, module name or layer type, not by"):
         vdo.to_bayesian(net, {net[0]: vdo.LogUniform()})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("where", [nn.Linear, 0])
+def test_where_by_layer_type_is_refused(where: Any) -> None:
+    with pytest.raises(TypeError, match=r"where must be a list of parameter names or a function .* not"):
+        vdo.to_bayesian(nn.Sequential(nn.Linear(2, 2)), vdo.LogUniform(), where=where)
+    with pytest.raises(TypeError, match=r"where must be a list of module names or a function .* not"):
+        vdo.add_unit_noise(nn.Sequential(nn.Linear(2, 2)), where)

@@ -119,3 +119,12 @@ def test_pruned_weights_have_no_spread() -> None:
         torch.testing.assert_close(each.variance, torch.tensor([0.25, 0.0]))
     for law in (q, q.drawn()):
         torch.testing.assert_close(law.icdf(torch.tensor(0.9))[1], torch.tensor(0.0))
+        w = torch.tensor([0.3, 0.0])
+        torch.testing.assert_close(law.entropy(), torch.distributions.Normal(loc, 0.5).entropy() * kept)
+        torch.testing.assert_close(law.cdf(torch.zeros(2))[1], torch.tensor(1.0))
+        torch.testing.assert_close(law.log_prob(w), torch.distributions.Normal(loc, 0.5).log_prob(w) * kept)
+
+
+def test_a_log_scale_alone_has_the_shape_of_the_mean() -> None:
+    with pytest.raises(ValueError, match="of one shape"):
+        vdo.FactorizedNormal(torch.zeros(3), log_scale=torch.zeros(2))

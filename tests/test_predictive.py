@@ -130,3 +130,5 @@ def test_models_that_take_no_batches_of_samples_and_values_that_are_no_tensors_a
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             vdo.LocalPredictive(model, guide, 3, return_sites=sites, max_plate_nesting=1)(x)
+    with pytest.raises(ValueError, match=re.escape("write return_sites=['mean']")):
+        vdo.LocalPredictive(model, guide, 3, return_sites="mean")  # type: ignore[arg-type]

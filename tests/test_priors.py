@@ -176,3 +176,12 @@ def test_predictive_asks_for_the_shape_alone() -> None:
 
     guide = vdo.AutoFactorizedNormal(model).setup(x).eval()
     assert Predictive(model, guide=guide, num_samples=3)(x)["f"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("prior", [vdo.LogUniform(), vdo.ScaleMixtureNormal(), vdo.TruncatedLogUniform()])
+def test_densities_broadcast_against_the_batch_shape(prior):
+    prior = prior.expand([3])
+    assert prior.log_prob(torch.tensor(0.5)).shape == (3,)
+    assert prior.to_event(1).log_prob(torch.full((2, 1), 0.5)).shape == (2,)
+    with pytest.raises(RuntimeError, match="broadcast"):
+        prior.log_prob(torch.full((4,), 0.5))

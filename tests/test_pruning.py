@@ -172,6 +172,8 @@ def test_bad_masks_and_thresholds() -> None:
         problem.guide.keep({"0.weight": torch.ones(8, 12)})
     with pytest.raises(ValueError, match=r"of shape \(12, 8\)"):
         problem.guide.keep({"0.weight": torch.ones(12, 8, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"is ndarray; it must be a tensor"):
+        problem.guide.keep({"0.weight": torch.ones(8, 12, dtype=torch.bool).numpy()})
     none = torch.zeros(8, 12, dtype=torch.bool)
     with pytest.raises(ValueError, match="no site that can be pruned"):
         problem.guide.keep({"0.weight": none, "9.weight": none})
@@ -189,6 +191,24 @@ def test_the_loss_of_drawn_and_undrawn_weights_is_the_same(prior: Any) -> None:
     expected = problem.losses(Trace_ELBO())[0]
     problem.guide.eval()
     assert problem.losses(Trace_ELBO(num_particles=200))[0] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("guide", [vdo.AutoFactorizedNormal, vdo.AutoCorrelatedNormal, vdo.AutoGaussianDropout])
+@pytest.mark.parametrize("prior", [dist.Normal(0.0, 0.5), dist.Laplace(0.0, 1.0), vdo.ScaleMixtureNormal()])
+def test_the_divergences_of_pruned_weights_are_finite_and_alike_in_all_elbos(guide: Any, prior: Any) -> None:
+    net = vdo.to_bayesian(nn.Linear(3, 2), prior)
+
+    def model() -> None:
+        net(torch.zeros(1, 3))
+
+    guide = guide(model).setup()
+    guide.keep({"weight": torch.tensor([[True, False, True], [False, True, False]])})
+    losses = []
+    for elbo in (Trace_ELBO(num_particles=400), TraceMeanField_ELBO()):
+        loss = elbo.differentiable_loss(model, guide)
+        assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(loss, list(guide.parameters())))
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], abs=0.2)
 
 
 @pytest.mark.parametrize("layers", [2, 5], ids=["one by one", "small weights together"])

@@ -150,3 +150,9 @@ def test_a_threshold_that_is_nan_is_refused_everywhere() -> None:
             call(guide, threshold=math.nan)
     with pytest.raises(ValueError, match="threshold is nan"):
         vdo.from_pyro_svi(model, guide, torch.ones(4, 3), num_samples=2, threshold=math.nan)
+
+
+@pytest.mark.parametrize("threshold", [None, [1.0, 2.0], {"w": None}])
+def test_a_threshold_that_is_no_number_is_refused(threshold: Any) -> None:
+    with pytest.raises(TypeError, match="threshold for site 'w' must be one number"):
+        vdo.masks({"w": dist.Normal(torch.ones(2), 1.0)}, threshold)

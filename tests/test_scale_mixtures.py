@@ -238,3 +238,10 @@ def test_parameters_are_checked():
         vdo.ScaleMixtureNormal((1.0, 2.0), (1.0,))
     with pytest.raises(ValueError, match="scale must be > 0"):
         vdo.Horseshoe(0.0)
+    with pytest.raises(ValueError, match="all finite"):
+        vdo.ScaleMixtureNormal([math.inf])
+
+
+def test_scales_and_weights_may_be_tensors():
+    prior = vdo.ScaleMixtureNormal(torch.tensor([1.0, 0.5]), torch.tensor([3.0, 1.0]))
+    assert (prior.scales, prior.weights) == ((1.0, 0.5), (0.75, 0.25))

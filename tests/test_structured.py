@@ -238,3 +238,8 @@ def test_samples_have_the_type_of_the_weights_and_a_finite_density(dtype: torch.
         assert value.dtype is dtype
         assert bool(prior.log_prob(value).isfinite().all())
     assert prior.log_prob(torch.tensor(3.5, dtype=dtype)) == -math.inf
+
+
+def test_distribution_function_left_of_the_interval_is_zero():
+    value = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    assert vdo.TruncatedLogNormal(0.0, 1.0).cdf(value).tolist() == [0.0, 0.0, 1.0, 1.0]

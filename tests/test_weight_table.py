@@ -199,3 +199,5 @@ def test_rows_take_labels() -> None:
     assert table.index[4] == "w[down, bmi]"
     with pytest.raises(ValueError, match="labels"):
         vdo.summary(guide, var_names="w", coords={"w": [["up"], ["age"]]})
+    with pytest.raises(ValueError, match=r"coords names \['v'\], which are no sites"):
+        vdo.summary(guide, coords={"v": [["up"]]})

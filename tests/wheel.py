@@ -42,6 +42,8 @@ import pyro_vdo as vdo
 
 net: torch.nn.Module = vdo.to_bayesian(torch.nn.Linear(2, 1), prior=vdo.LogUniform())
 reveal_type(vdo.sparsity)
+reveal_type(vdo.from_pyro_svi)
+vdo.nonsense
 vdo.LogUniform(kl="nonsense", wrong=1)
 """
 
@@ -152,7 +154,7 @@ def main() -> None:
         print(run(python, "-I", "program.py", cwd=place).strip())
         (place / "typed.py").write_text(TYPED)
         told = run(python, "-m", "mypy", "--strict", "typed.py", cwd=place, fails=True)
-        if "py.typed" in told or "guide" not in told or "wrong" not in told or "Found 2 errors" not in told:
+        if "py.typed" in told or "model_kwargs" not in told or "wrong" not in told or "Found 3 errors" not in told:
             sys.exit(f"mypy does not see the types of the package:\n{told}")
         print(f"Python {sys.version.split()[0]}: installed, the README program runs, mypy sees the types")
 

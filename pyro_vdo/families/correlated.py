@@ -30,7 +30,7 @@ from pyro_vdo.local_reparam import (
     refuse_not_finite,
 )
 from pyro_vdo.numerics import fused
-from pyro_vdo.posteriors import DrawnNormal, FactorizedNormal
+from pyro_vdo.posteriors import DrawnNormal, FactorizedNormal, PrunedNormal
 from pyro_vdo.rules.views import CASTS, VIEWS
 from pyro_vdo.special import LOG_SQRT_2PI
 from pyro_vdo.undrawn import Rule, Undrawn
@@ -178,7 +178,8 @@ def correlated_sample(loc: Tensor, factor: Tensor) -> Tensor:
 class CorrelatedNormal(FactorizedNormal):
     """Normal(loc, F F^T) over each row of a site, whose ``rsample`` is an undrawn weight.
 
-    ``scale``, ``variance``, ``log_alpha`` and ``icdf`` are those of the marginals; ``log_prob`` follows the chain rule.
+    ``scale``, ``variance``, ``log_alpha``, ``cdf`` and ``icdf`` are those of the marginals; ``log_prob``, ``entropy``
+    and the divergences follow the chain rule, so that their sums over a row are those of the joint law.
 
     :param loc: mean, (*rows, inputs).
     :param factor: lower triangular, (*rows, inputs, inputs), with a positive diagonal.
@@ -230,6 +231,10 @@ class CorrelatedNormal(FactorizedNormal):
         """The distribution with the same parameters whose samples are real numbers."""
         return DrawnCorrelatedNormal(self.loc, self.factor, self.log_conditional, self.kept)
 
+    def entropy(self) -> Tensor:
+        """Entropy of w_i given w_1 ... w_i-1, elementwise; 0 for the pruned weights."""
+        return self.drawn().entropy()  # type: ignore[no-any-return]
+
     def log_prob(self, value: Tensor) -> Tensor:
         """log q(w_i | w_1 ... w_i-1) at real numbers; at an undrawn weight of this law its expectation."""
         if isinstance(value, CorrelatedWeight) and value.variable.source is self:
@@ -268,6 +273,19 @@ class DrawnCorrelatedNormal(DrawnNormal):
         noise = torch.linalg.solve_triangular(fused.widened(self.factor), distance, upper=False).squeeze(-1)
         result: Tensor = -0.5 * noise.square() - fused.widened(self.log_conditional) - LOG_SQRT_2PI
         return result if self.kept is None else result * self.kept
+
+    def marginals(self) -> DrawnNormal:
+        """Each element by itself."""
+        return DrawnNormal(self.loc, self.scale) if self.kept is None else PrunedNormal(self.loc, self.scale, self.kept)
+
+    def entropy(self) -> Tensor:
+        """Entropy of w_i given w_1 ... w_i-1, elementwise; 0 for the pruned weights."""
+        result: Tensor = self.log_conditional + fused.ENTROPY_CONSTANT
+        return result if self.kept is None else result * self.kept
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Distribution function of the marginals; pruned weights are 0."""
+        return super().cdf(value) if self.kept is None else self.marginals().cdf(value)  # type: ignore[no-any-return]
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles of the marginals; 0 for the pruned weights."""

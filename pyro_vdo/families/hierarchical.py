@@ -27,12 +27,16 @@ class ScaledNormal(WeightPrior):
     Pyro's ``Normal`` it leaves pruned weights out, which would tell a learned scale to be small.
 
     :param scale: standard deviation > 0, any shape.
+    :raises ValueError: for a scale that is not positive.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"scale": constraints.positive}
     has_rsample = True
 
-    def __init__(self, scale: Tensor, *, batch_shape: torch.Size | tuple[int, ...] | None = None) -> None:
+    def __init__(self, scale: Tensor | float, *, batch_shape: torch.Size | tuple[int, ...] | None = None) -> None:
+        scale = torch.as_tensor(scale)
+        if batch_shape is None and not bool((scale > 0).all()):
+            raise ValueError(f"ScaledNormal: scale must be > 0, not {scale}")
         self.scale = scale if batch_shape is None else scale.expand(batch_shape)
         super().__init__(self.scale.shape)
 
@@ -146,7 +150,8 @@ def _checked(group: Any, factor: Any) -> float | Distribution:
     if isinstance(factor, Distribution):
         one = tuple(factor.batch_shape) + tuple(factor.event_shape) == ()
         support: Any = factor.support
-        if not one or bool(support.check(torch.tensor(-1.0))):
+        negative = any(bool(support.check(torch.tensor(-(10.0 ** (e / 4))))) for e in range(-120, 121))
+        if not one or support.is_discrete or negative:
             raise ValueError(f"HierarchicalNormal: {group}= must have the law of one positive number, not {factor}")
         return factor
     if not (isinstance(factor, int | float) and 0 < factor < math.inf):

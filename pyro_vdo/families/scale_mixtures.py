@@ -69,13 +69,14 @@ class ScaleMixtureNormal(NormalScaleMixture):
         *,
         batch_shape: torch.Size | tuple[int, ...] = (),
     ) -> None:
-        weights = [1.0] * len(scales) if weights is None else weights
-        if not scales or len(weights) != len(scales) or not all(value > 0 for value in (*scales, *weights)):
-            raise ValueError(
-                f"ScaleMixtureNormal: needs as many weights > 0 as scales > 0, not {tuple(scales)} and {tuple(weights)}"
-            )
         self.scales = tuple(float(scale) for scale in scales)
-        self.weights = tuple(weight / sum(weights) for weight in weights)
+        shares = [1.0] * len(self.scales) if weights is None else [float(weight) for weight in weights]
+        if not shares or len(shares) != len(self.scales) or not all(0 < v < math.inf for v in (*self.scales, *shares)):
+            raise ValueError(
+                "ScaleMixtureNormal: needs as many weights > 0 as scales > 0, all finite, not "
+                f"{tuple(shares)} and {self.scales}"
+            )
+        self.weights = tuple(share / sum(shares) for share in shares)
         super().__init__(batch_shape)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ScaleMixtureNormal:

@@ -198,7 +198,7 @@ class TruncatedLogNormal(TorchDistribution):
 
     def cdf(self, value: Tensor) -> Tensor:
         """(Phi(t) - Phi(lo)) / (Phi(hi) - Phi(lo)) with t, lo, hi in units of the Normal before the cut."""
-        log_value = value.to(torch.float64).log().clamp(self.a, self.b)
+        log_value = value.to(torch.float64).clamp(min=0).log().clamp(self.a, self.b)
         lo, t, hi = (self._standardized(end) for end in (self.a, log_value, self.b))
         inside = truncated.log_normal_cdf_difference(lo, torch.maximum(t, lo + 1e-300))
         share = (inside - truncated.log_normal_cdf_difference(lo, hi)).exp()

@@ -86,6 +86,7 @@ def add_unit_noise(
     :param where: which layers: a list of module names, or a predicate ``(name, module) -> bool``; by default all but
         the last on the side of the outputs (these are the network's own), and all on the side of the inputs.
     :param side: scale the outputs of a layer (its child is then ``noise``) or its inputs (``noise_in``).
+    :raises TypeError: if ``where`` is neither names nor a function.
     :raises ValueError: for unknown names or sides, layers of another type, or if no layer is left.
     """
     if side not in ("output", "input"):
@@ -112,6 +113,11 @@ def add_unit_noise(
 def _choose(layers: Mapping[str, nn.Module], where: Any, side: str) -> list[str]:
     if where is None:
         return list(layers)[: -1 if side == "output" else None]
+    if isinstance(where, type) or not (callable(where) or isinstance(where, Iterable)):
+        raise TypeError(
+            "add_unit_noise: where must be a list of module names or a function of name and module, such as "
+            f"lambda name, module: isinstance(module, nn.Linear), not {where!r}"
+        )
     if callable(where):
         return [name for name, module in layers.items() if where(name, module)]
     names = [where] if isinstance(where, str) else list(where)

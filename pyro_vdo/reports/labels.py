@@ -71,9 +71,11 @@ class Labels:
         self.sel = dict(sel or {})
         self.taken = frozenset(map(safe, taken))
         self.seen: set[str] = set()
+        self.sites = set(taken)
 
     def dims_of(self, site: Site) -> tuple[str, ...]:
         """Plates give the names of batch dimensions; modules, ``infer={"event_dims": ...}`` those of events."""
+        self.sites.add(site.name)
         names = [site.plates.get(i, f"{site.name}_dim_{i}") for i in range(len(site.shape))]
         batch = len(site.batch_shape)
         if site.event_dims:
@@ -133,6 +135,9 @@ class Labels:
 
     def check_all_seen(self) -> None:
         """Raise for coordinates and selections of dimensions that do not exist."""
+        odd = sorted(set(self.dims) - self.sites)
+        if odd:
+            raise ValueError(f"dims names {odd}, which are no sites; these are {sorted(self.sites)}")
         for argument, names in (("coords", self.coords), ("sel", self.sel)):
             unknown = sorted(set(names) - self.seen)
             if unknown:

@@ -60,6 +60,9 @@ def summary(
     unknown = [name for name in wanted if name not in sites]
     if unknown:
         raise ValueError(f"summary: no Normal posterior is known for {unknown}; there is one for {list(sites)}")
+    odd = sorted((coords or {}).keys() - sites.keys())
+    if odd:
+        raise ValueError(f"summary: coords names {odd}, which are no sites; these are {list(sites)}")
     interval = _arviz.interval(prob, kind)
     columns: dict[str, list[Any]] = {n: [] for n in ("mean", "sd", interval.lower, interval.upper, "log_alpha", "kept")}
     index: list[str] = []
