@@ -124,7 +124,9 @@ def _dropout_empirical_bayes(q: GaussianDropoutNormal, p: EmpiricalBayesNormal) 
     """log(1 + 1/alpha) / 2 with a lambda for each weight; theta counts where weights share lambda."""
     if p.group == "weight":
         return 0.5 * F.softplus(-q.log_alpha)
-    kl: Tensor = _normal_empirical_bayes(q, p)
+    floor = torch.finfo(q.loc.dtype).tiny  # that of log_scale: a group may be all 0, as a padding row is
+    theta = torch.where(q.loc == 0, floor, q.loc)
+    kl: Tensor = _normal_empirical_bayes(GaussianDropoutNormal(theta, q.log_alpha, kept=q.kept), p)
     return kl
 
 
@@ -143,10 +145,9 @@ def _truncated_log_normal_log_uniform(q: TruncatedLogNormal, p: TruncatedLogUnif
 @register_kl(Normal, NormalScaleMixture)
 def _normal_scale_mixture(q: Normal, p: NormalScaleMixture) -> Tensor:
     """-H(q) - log p(sqrt(E w^2)), elementwise: the KL of a weight and its scale, at the scale's best posterior."""
-    kept, square = getattr(q, "kept", None), q.loc.square() + q.scale.square()
-    if kept is not None:  # the density at a pruned weight, which may have no scale either, may be infinite
-        square = torch.where(kept, square, torch.ones_like(square))
-    kl = -_log_scale(q) - fused.ENTROPY_CONSTANT - p.log_density_of_square(square)
+    square, kept = q.loc.square() + q.scale.square(), getattr(q, "kept", None)
+    square = square.clamp(min=torch.finfo(square.dtype).tiny)  # the horseshoe is infinite at 0
+    kl = -fused.ENTROPY_CONSTANT - _log_scale(q) - p.log_density_of_square(square)
     return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
 
 

@@ -75,11 +75,15 @@ class WeightPrior(TorchDistribution):
         """Log density at a real number; expected log density at an undrawn weight, elementwise."""
         if isinstance(value, Undrawn):
             return expected_log_prob(self, value)
-        if isinstance(value, PrunedDraw):  # a pruned weight is 0, where these densities may be infinite
-            safe = torch.where(value.kept, value, torch.ones_like(value))
-            return self.log_density(fused.widened(safe)) * value.kept
+        if isinstance(value, PrunedDraw):
+            stand_in = self.in_place_of_pruned(fused.widened(value), value.kept)
+            return self.log_density(torch.where(value.kept, fused.widened(value), stand_in)) * value.kept
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         return self.log_density(fused.widened(value).expand(shape))  # in half precision the sum over a weight overflows
+
+    def in_place_of_pruned(self, value: Tensor, kept: Tensor) -> Tensor:
+        """Numbers that pruned weights, which are 0, have in the density of the others: it may be infinite at 0."""
+        return torch.ones_like(value)
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """Declare the rightmost dimensions dependent, as in Pyro."""
@@ -244,6 +248,16 @@ class EmpiricalBayesNormal(WeightPrior):
         second = group_mean(square, self.group, self.weight_dim(value.dim()))
         log_second = second.log() + 2 * torch.where(unit > 0, unit, torch.zeros_like(unit)).log()
         return -0.5 * (square / second + log_second + math.log(2 * math.pi))
+
+    def in_place_of_pruned(self, value: Tensor, kept: Tensor) -> Tensor:
+        """The root mean square of what is left of the group, which leaves its lambda as it is; 1 if nothing is."""
+        ndim = self.weight_dim(value.dim())
+        unit = group_max(value.detach().abs(), self.group, ndim)
+        share = group_mean(kept.to(value.dtype), self.group, ndim)
+        alive = (unit > 0) & (share > 0)
+        unit, share = torch.where(alive, unit, torch.ones_like(unit)), torch.where(alive, share, torch.ones_like(share))
+        second = group_mean((value / unit).square(), self.group, ndim) / share
+        return torch.where(alive, second, torch.ones_like(second)).sqrt() * unit
 
     def __repr__(self) -> str:
         return f"EmpiricalBayesNormal(group={self.group!r}, batch_shape={tuple(self.batch_shape)})"

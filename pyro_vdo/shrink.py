@@ -18,6 +18,7 @@ from pyro_vdo.export import plain_module
 from pyro_vdo.families.hierarchical import HierarchicalNormal
 from pyro_vdo.initial import log_scale_of
 from pyro_vdo.modules import bayesian_weights, to_bayesian
+from pyro_vdo.site_posterior import SitePosterior
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class Smaller:
     def load_into(self, guide: Any) -> None:
         """Give a guide of a model of the smaller network (after ``setup``) the posterior of the larger one.
 
-        :raises ValueError: if its sites or their shapes are not those of the smaller network.
+        :raises ValueError: if its sites or their shapes are not those of the smaller network, or it has no scales.
         """
         known = guide.posteriors()
         for name, values in self.sites.items():
             if name not in known or known[name].loc.shape != values["loc"].shape:
                 raise ValueError(f"load_into: the guide has no site '{name}' of shape {tuple(values['loc'].shape)}")
             part = guide._site(name)
+            if not isinstance(part.log_scale, nn.Parameter):
+                raise ValueError(f"load_into: '{name}' has no scale of its own there; take AutoFactorizedNormal")
             part.loc.copy_(values["loc"])
             part.log_scale.copy_(values["log_scale"])
         guide.keep({name: values["kept"] for name, values in self.sites.items()})
@@ -62,9 +65,11 @@ def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
     :param guide: its guide.
     :param example_inputs: a tensor or tuple as the network takes it.
     :returns: the smaller network, every module in the training mode of the one given, and its posterior.
-    :raises ExportError: if the network cannot be followed, or weights of equal value hide where a unit has gone.
+    :raises ExportError: if the network cannot be followed, weights of equal value hide where a unit has gone, or a
+        posterior is more than a mean and a scale for each weight (other guides, noise on units).
     """
     sites = bayesian_weights(net)
+    _check_posteriors(sites, guide)
     posteriors = guide.posteriors()
     means = {local: posteriors[site].loc.where(_kept(guide, site), 0.0) for local, site in sites.items()}
     large = plain_module(net, means)
@@ -77,6 +82,17 @@ def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
         if isinstance(prior, HierarchicalNormal):
             raise ExportError(f"shrink: the scale of the prior of '{local}', {prior}, would start anew")
     return Smaller(to_bayesian(small, priors, where=list(sites), name=_compat.root_name(net)), values)
+
+
+def _check_posteriors(sites: Mapping[str, str], guide: Any) -> None:
+    if not hasattr(guide, "_site"):
+        raise ExportError(f"shrink needs an AutoFactorizedNormal for all weights, not {type(guide).__name__}")
+    for site in sites.values():
+        if type(guide._site(site)) is not SitePosterior:
+            raise ExportError(
+                f"shrink: the posterior of '{site}' is a {type(guide._site(site)).__name__}; it carries over those of "
+                "weights in an AutoFactorizedNormal, a mean and a scale for each"
+            )
 
 
 def _kept(guide: Any, site: str) -> Tensor:

@@ -325,3 +325,28 @@ def test_particles_and_predictive():
     samples = Predictive(model, guide=guide, num_samples=2000, parallel=True)(x)["0.weight"].squeeze(1)
     q = guide.posteriors()["0.weight"]
     assert (abs(samples.mean(0) - q.loc) < 5 * q.scale / math.sqrt(2000)).all()
+
+
+@pytest.mark.parametrize("prior", [vdo.Horseshoe(), vdo.ScaleMixtureNormal(), vdo.EmpiricalBayesNormal("layer")])
+def test_pruned_weights_leave_the_kl_to_proper_priors(prior):
+    theta, kept = torch.tensor([0.5, 0.0, -0.3], requires_grad=True), torch.tensor([True, False, True])
+    pruned = vdo.GaussianDropoutNormal(theta, torch.tensor([-1.0, 80.0, 0.0]), kept=kept)
+    kl = kl_divergence(pruned, prior)
+    kl.sum().backward()
+    others = kl_divergence(vdo.GaussianDropoutNormal(theta[kept], torch.tensor([-1.0, 0.0])), prior)
+    torch.testing.assert_close(kl, torch.zeros(3).masked_scatter(kept, others))
+    assert bool(torch.isfinite(theta.grad).all())
+
+
+@pytest.mark.parametrize("group", ["input", "output", "layer"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_group_of_zeros_pays_for_alpha_alone(group, masked):
+    kept = torch.ones(4, 3, dtype=torch.bool) if masked else None
+    q = vdo.GaussianDropoutNormal(torch.zeros(4, 3), torch.tensor([-2.0]), kept=kept)
+    kl = kl_divergence(q, vdo.EmpiricalBayesNormal(group))
+    torch.testing.assert_close(kl, kl_divergence(q, vdo.EmpiricalBayesNormal()))
+
+
+def test_the_density_of_a_drawn_zero_is_finite():
+    q = vdo.GaussianDropoutNormal(torch.tensor([0.0, 1e-25, 1.0]), 0.0).drawn()
+    assert bool(torch.isfinite(q.log_prob(q.sample())).all())

@@ -167,3 +167,23 @@ def test_bayesian_biases_take_up_the_constants(make, keep_biases):
         assert bool(known.all())
         if keep_biases and q.loc.dim() == 1:
             assert bool(torch.isin(q.scale, scales).all())
+
+
+@pytest.mark.parametrize("family", [vdo.AutoGaussianDropout, vdo.AutoCorrelatedNormal])
+def test_posteriors_with_other_parameters_are_refused(family):
+    net, guide, x, y = pruned(dense(), 0.6)
+    other = family(model_of(net)).setup(x, y)
+    with pytest.raises(ExportError, match=r"posterior of 'body\..*' is a (Dropout|Correlated)Posterior"):
+        shrink(net, other, x)
+    smaller = shrink(net, guide, x)
+    small_guide = vdo.AutoGaussianDropout(model_of(smaller.net)).setup(x, y)
+    with pytest.raises(ValueError, match="no scale of its own"):
+        smaller.load_into(small_guide)
+
+
+def test_noise_on_units_is_refused():
+    net = vdo.to_bayesian(vdo.add_unit_noise(dense()), {vdo.UnitNoise: vdo.TruncatedLogUniform()})
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(4, (16,))
+    guide = vdo.AutoFactorizedNormal(model_of(net)).setup(x, y)
+    with pytest.raises(ExportError, match=r"noise.weight' is a TruncatedLogNormalPosterior"):
+        shrink(net, guide, x)

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vdo.posteriors import FactorizedNormal, PrunedNormal
+from pyro_vdo.posteriors import DrawnNormal, FactorizedNormal, PrunedNormal
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight
 
@@ -116,4 +116,4 @@ class GaussianDropoutNormal(FactorizedNormal):
         scale = self.scale.clamp(min=torch.finfo(self.loc.dtype).tiny)
         if self.kept is not None:
             return PrunedNormal(self.loc, scale, self.kept)
-        return dist.Normal(self.loc, scale, validate_args=False)
+        return DrawnNormal(self.loc, scale, validate_args=False)

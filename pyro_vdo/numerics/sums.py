@@ -90,7 +90,8 @@ def _chunked_gradient(
         torch.mul(mean, mean, out=t)
         torch.div(t, var, out=clamped).clamp_(max=fit.limit**2)
         num, den = _quotient(fit.slope_num, fit.slope_den, clamped, pair[:, :count])
-        # KL'(r) / scale = num / den / (r + c / r) / scale = num * loc / (den * (loc^2 + c scale^2)), see log_uniform_fit.py.
+        # KL'(r) / scale = num / den / (r + c / r) / scale = num * loc / (den * (loc^2 + c scale^2)).
+        # See log_uniform_fit.py.
         den.mul_(t.add_(var, alpha=fit.shift))
         slope = torch.addcdiv(zero, num.mul_(mean), den, value=factor, out=dloc[part])
         torch.addcmul(entropy_weight, mean, slope, value=-1.0, out=dlog_scale[part])
