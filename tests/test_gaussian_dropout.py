@@ -138,7 +138,7 @@ def test_unknown_groups_are_refused():
     model = regression(vdo.to_bayesian(nn.Linear(4, 1), vdo.LogUniform()))
     with pytest.raises(ValueError, match="group must be one of"):
         vdo.AutoGaussianDropout(model, group="row")
-    with pytest.raises(ValueError, match="distinct integers"):
+    with pytest.raises(ValueError, match="distinct dimensions"):
         vdo.EmpiricalBayesNormal((0, -1))
     with pytest.raises(ValueError, match="does not have"):
         shared_dims((2,), 2)
