@@ -17,6 +17,7 @@ from pyro_vdo.families.structured import TruncatedLogNormal, TruncatedLogUniform
 from pyro_vdo.groups import group_max, group_mean
 from pyro_vdo.log_uniform_fit import LOG_ABS_OFFSET
 from pyro_vdo.numerics import fused
+from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
 from pyro_vdo.special import normal_log_uniform_kl
 
@@ -108,6 +109,14 @@ def _normal_scaled_normal(q: Normal, p: ScaledNormal) -> Tensor:
     kl = 0.5 * (ratio - 1) + p.scale.log() - _log_scale(q)
     kept = getattr(q, "kept", None)
     return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
+
+
+@register_kl(FactorizedNormal, Normal)
+def _factorized_normal_normal(q: FactorizedNormal, p: Normal) -> Tensor:
+    """KL of two Normals, elementwise; -log p(0) for pruned weights, which is what ``Trace_ELBO`` counts for them."""
+    ratio = ((q.loc - p.loc) / p.scale).square() + (q.scale / p.scale).square()
+    kl = 0.5 * (ratio - 1) + p.scale.log() - _log_scale(q)
+    return kl if q.kept is None else torch.where(q.kept, kl, -p.log_prob(torch.zeros_like(kl)))
 
 
 @register_kl(GaussianDropoutNormal, LogUniform)
