@@ -338,6 +338,21 @@ def test_pruned_weights_leave_the_kl_to_proper_priors(prior):
     assert bool(torch.isfinite(theta.grad).all())
 
 
+@pytest.mark.parametrize("family", [vdo.AutoFactorizedNormal, vdo.AutoGaussianDropout, vdo.AutoCorrelatedNormal])
+def test_every_elbo_counts_pruned_weights_alike_under_a_normal(family):
+    net, x, y = vdo.to_bayesian(nn.Linear(5, 1), dist.Normal(0.3, 0.5)), torch.randn(N, 5), torch.randn(N)
+    guide = family(regression(net)).setup(x, y)
+    guide.keep({"weight": torch.tensor([[True, False, True, False, True]])})
+    losses, slopes = [], []
+    for elbo in (Trace_ELBO(), TraceMeanField_ELBO()):
+        pyro.set_rng_seed(0)
+        loss = elbo.differentiable_loss(regression(net), guide, x, y)
+        losses.append(loss.detach())
+        slopes.append(torch.autograd.grad(loss, guide.sites.weight.loc)[0])
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(slopes[0], slopes[1])
+
+
 @pytest.mark.parametrize("group", ["input", "output", "layer"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_group_of_zeros_pays_for_alpha_alone(group, masked):
