@@ -82,13 +82,19 @@ def once(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return function(tensor) if single is tensor else function(single).expand(tensor.shape)
 
 
+def _square_of_exp(log_scale: Tensor) -> Tensor:
+    """exp(2 log_scale). torch leaves exp to MKL, which takes four times as long as exp2 on processors of AMD."""
+    if is_half(log_scale):  # in which the exponent would lose its digits
+        return log_scale.exp().square_()
+    return log_scale.mul(2.0 / math.log(2.0)).exp2_()
+
+
 class _Variance(Function):
     """exp(2 log_scale), whose backward pass needs the result alone."""
 
     @staticmethod
     def forward(ctx: Any, log_scale: Tensor) -> Tensor:
-        variance = log_scale.exp()
-        variance.mul_(variance)
+        variance = _square_of_exp(log_scale)
         ctx.save_for_backward(variance)
         return variance
 
@@ -100,8 +106,7 @@ class _Variance(Function):
 
 def constant_variance(log_scale: Tensor) -> Tensor:
     """The same without a gradient, for the functions here that send theirs to ``log_scale``."""
-    result = log_scale.detach().exp()
-    return result.mul_(result)
+    return _square_of_exp(log_scale.detach())
 
 
 def variance(log_scale: Tensor) -> Tensor:
