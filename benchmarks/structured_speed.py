@@ -34,10 +34,10 @@ NETWORKS = {
         (784,),
         {"0.noise_in.weight": 245, "2.noise_in.weight": 160, "4.noise_in.weight": 55},
     ),
-    "LeNet-500-300, 209-144-63": (
+    "LeNet-500-300, 240-158-55": (
         lenet_500_300,
         (784,),
-        {"0.noise_in.weight": 209, "2.noise_in.weight": 144, "4.noise_in.weight": 63},
+        {"0.noise_in.weight": 240, "2.noise_in.weight": 158, "4.noise_in.weight": 55},
     ),
     "LeNet-5, 3-18-284-283": (
         lenet_5,

@@ -127,6 +127,8 @@ class GaussianWeight(Undrawn):
 
     def _particles_repeat(self, event_dim: int) -> bool:
         lead = self.loc.dim() - event_dim
+        if lead == 0:
+            return True
         scale = self.law_scale if self._log_scale is None else self._log_scale
         return all(self.loc.size(d) == 1 or self.loc.stride(d) == 0 == scale.stride(d) for d in range(lead))
 
@@ -190,8 +192,9 @@ class GaussianWeight(Undrawn):
         kl, log_law = sums.of(at, prior)
         batch = self.loc.shape[: self.loc.dim() - self.event_dim]
         if self._expected_log_law_sum is None:
-            self._expected_log_law_sum = self._without_pruned(log_law, self.event_dim).expand(batch)
-        return kl.expand(batch)
+            log_law = self._without_pruned(log_law, self.event_dim)
+            self._expected_log_law_sum = log_law.expand(batch) if batch else log_law
+        return kl.expand(batch) if batch else kl
 
     def elementwise_kl_sum(self, prior: Any, event_dim: int) -> Tensor | None:
         """KL to a prior that couples no weights, summed, where parts of the weight can be left out; else None."""

@@ -16,6 +16,8 @@ ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
 
 # Elements in a chunk: long enough to hide the cost of a call, short enough to stay in the cache of a core.
 _CHUNK = 2**16
+# Below this the number of calls counts, not what they do.
+_SMALL = 2**12
 # From here on memory counts for more than the time of an exponential.
 _LARGE = 2**19
 
@@ -59,7 +61,10 @@ def ranged(tensor: Tensor) -> Tensor:
 
 def unrepeated(tensor: Tensor) -> Tensor:
     """``tensor`` with the dimensions that only repeat it (stride 0) cut to size 1 or away."""
-    repeats = [stride == 0 and bool(size != 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+    strides = tensor.stride()
+    if 0 not in strides:
+        return tensor
+    repeats = [stride == 0 and bool(size != 1) for stride, size in zip(strides, tensor.shape, strict=True)]
     if True not in repeats:
         return tensor
     base = tensor._base
@@ -84,7 +89,7 @@ def once(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 def _square_of_exp(log_scale: Tensor) -> Tensor:
     """exp(2 log_scale). torch leaves exp to MKL, which takes four times as long as exp2 on processors of AMD."""
-    if is_half(log_scale):  # in which the exponent would lose its digits
+    if is_half(log_scale) or log_scale.numel() < _SMALL:  # half precision would cut digits of the exponent off
         return log_scale.exp().square_()
     return log_scale.mul(2.0 / math.log(2.0)).exp2_()
 
