@@ -44,10 +44,10 @@ NETWORKS = {
         (1, 28, 28),
         {"0.noise.weight": 3, "3.noise.weight": 18, "7.noise_in.weight": 284, "9.noise_in.weight": 283},
     ),
-    "LeNet-5, 5-16-123-69": (
+    "LeNet-5, 3-16-155-102": (
         lenet_5,
         (1, 28, 28),
-        {"0.noise.weight": 5, "3.noise.weight": 16, "7.noise_in.weight": 123, "9.noise_in.weight": 69},
+        {"0.noise.weight": 3, "3.noise.weight": 16, "7.noise_in.weight": 155, "9.noise_in.weight": 102},
     ),
 }
 
