@@ -23,11 +23,7 @@ from pyro_vdo.initial import Init, InitialValues, base_prior, init_to_pretrained
 from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.pruning import Prunable
 from pyro_vdo.sharing import share_sums
-from pyro_vdo.site_posterior import (
-    SitePosterior,
-    is_real,
-    registered_posterior,
-)
+from pyro_vdo.site_posterior import SitePosterior, is_real, registered_posterior
 from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.variables import ReusePolicy
 
