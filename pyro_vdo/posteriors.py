@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from pyro_vdo.blocks import Block, BlockWeight
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.numerics import fused
+from pyro_vdo.numerics.large import Meeting
 from pyro_vdo.special import LOG_SQRT_2PI
 from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.variables import ReusePolicy, Variable
@@ -118,6 +119,11 @@ class FactorizedNormal(dist.Normal):
         }
         if self.block is not None and shape == self.loc.shape:
             return BlockWeight(self.loc, self._scale, block=self.block, **options)
+        if self._scale is None and self._log_scale is not None and shape == self.loc.shape:
+            meeting = Meeting.of(self.loc, self._log_scale)
+            if meeting is not None:
+                options["log_scale"] = meeting.log_scale
+                return GaussianWeight(meeting.loc, meeting=meeting, **options)
         return GaussianWeight(expanded(self.loc), expanded(self._scale), **options)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.numerics import fused
+from pyro_vdo.numerics.large import Meeting, is_huge
 from pyro_vdo.numerics.linear import sample_linear
 from pyro_vdo.numerics.sums import log_uniform_sums
 from pyro_vdo.undrawn import Rule, Undrawn
@@ -26,6 +27,7 @@ class GaussianWeight(Undrawn):
     :param log_scale: log(scale), where it is at hand.
     :param event_dim: number of rightmost dimensions of the variable that are not batch dimensions, if known.
     :param kept: False for pruned weights, which are exactly 0; their ``loc`` must be 0.
+    :param meeting: where the gradients of a large weight meet, from which ``loc`` and ``log_scale`` come.
     """
 
     rules: ClassVar[dict[Callable[..., Any], Rule]] = {}
@@ -51,8 +53,10 @@ class GaussianWeight(Undrawn):
         places: Places = (),
         provenance: frozenset[Any] = frozenset(),
         kept: Tensor | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
         self.loc = loc
+        self._meeting = meeting
         self._law_scale = scale
         self._scale: Tensor | None = None
         self.kept = kept
@@ -176,11 +180,18 @@ class GaussianWeight(Undrawn):
                 return None
             shape = (*torch.broadcast_shapes(x.shape[:-1], loc.shape[:-2]), loc.shape[-2])
             loc, log_scale = fused.unrepeated(loc), fused.unrepeated(log_scale)
-        variance = self.constant_variance if self.kept is None else self.constant_variance * self.kept
-        if not loc.shape == log_scale.shape == variance.shape:
+        if loc.shape != log_scale.shape:
+            return None
+        variance = None
+        if self.kept is not None:
+            variance = self.constant_variance * self.kept
+        elif self._constant_variance is not None or not is_huge(loc):
+            variance = self.constant_variance
+        if variance is not None and variance.shape != loc.shape:
             return None
         keep = self.kept is not None or not fused.is_large(loc)
-        return sample_linear(x, loc, log_scale, variance, bias, shape, keep, self.variable.name)
+        ledger = None if self._meeting is None else self._meeting.ledger
+        return sample_linear(x, loc, log_scale, variance, bias, shape, keep, self.variable.name, ledger)
 
     def shared_kl_sum(self, prior: Any) -> Tensor | None:
         """KL to ``prior`` summed over a whole weight, where it is computed together with that of others; else None."""
@@ -208,7 +219,11 @@ class GaussianWeight(Undrawn):
         if type(self) is not GaussianWeight or self._log_scale is None or not self.is_whole(event_dim):
             return None
         loc, log_scale = fused.unrepeated(self.loc), fused.unrepeated(self._log_scale)
-        sums = log_uniform_sums(loc, log_scale, self.constant_variance) if loc.shape == log_scale.shape else None
+        sums = None
+        if self._meeting is not None:
+            sums = self._meeting.sums(None if is_huge(loc) else self.constant_variance)
+        elif loc.shape == log_scale.shape:
+            sums = log_uniform_sums(loc, log_scale, self.constant_variance)
         if sums is None:
             return None
         if fused.is_large(loc):

@@ -22,11 +22,13 @@ WIDTH = 64
 WEIGHTS = (WIDTH, WIDTH)
 
 
-def program(layers: int = 2, init_scale: float = 0.1, **options: Any) -> tuple[Any, Any, Tensor, Tensor]:
+def program(
+    layers: int = 2, init_scale: float = 0.1, prior: Any = None, **options: Any
+) -> tuple[Any, Any, Tensor, Tensor]:
     torch.manual_seed(0)
     pyro.clear_param_store()
     net = nn.Sequential(*(layer for _ in range(layers) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())))
-    bayesian = vdo.to_bayesian(net, prior=vdo.LogUniform())
+    bayesian = vdo.to_bayesian(net, prior=vdo.LogUniform() if prior is None else prior)
     x, y = torch.randn(7, WIDTH), torch.randint(WIDTH, (7,))
 
     def model(x: Tensor, y: Tensor | None = None) -> Any:
@@ -50,9 +52,8 @@ def step(elbo: Any = None, layers: int = 2) -> tuple[Callable[[], float], Any]:
 def loss_and_gradients(model: Any, guide: Any, x: Tensor, y: Tensor, elbo: Any) -> tuple[float, list[Tensor]]:
     torch.manual_seed(1)
     guide.zero_grad()
-    loss = elbo.differentiable_loss(model, guide, x, y)
-    loss.backward()
-    return loss.item(), [param.grad.clone() for param in guide.parameters()]
+    loss = elbo.loss_and_grads(model, guide, x, y)
+    return loss, [param.grad.clone() for param in guide.parameters()]
 
 
 class Recorder(TorchDispatchMode):

@@ -11,13 +11,21 @@ from torch.autograd import Function
 
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import draw, draw_with_slope, refuse_second_derivative
+from pyro_vdo.numerics.large import Ledger, is_huge, variance_by_rows
 from pyro_vdo.numerics.moments import REMEMBERED
 from pyro_vdo.numerics.products import linear, matmul
 
 
-def _linear_moments(x: Tensor, loc: Tensor, variance: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _linear_moments(
+    x: Tensor, loc: Tensor, log_scale: Tensor, variance: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of x w^T + bias."""
-    return linear(x, loc, bias), linear(x * x, variance)
+    if variance is not None:
+        return linear(x, loc, bias), linear(x * x, variance)
+    square, var = x * x, x.new_empty(*x.shape[:-1], loc.shape[0])
+    for rows, part in variance_by_rows(log_scale):
+        var[..., rows] = linear(square, part)
+    return linear(x, loc, bias), var
 
 
 def _linear_mean_and_std(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -32,6 +40,17 @@ def _times_variance_(tensor: Tensor, log_scale: Tensor) -> None:
         flat[part].mul_(fused.constant_variance(logs[part]))
 
 
+def _times_whole_variance(along_var: Tensor, log_scale: Tensor) -> Tensor:
+    """along_var @ exp(2 log_scale)."""
+    if not is_huge(log_scale):
+        return matmul(along_var, fused.constant_variance(log_scale))
+    parts = (matmul(along_var[..., rows], part) for rows, part in variance_by_rows(log_scale))
+    total = next(parts)
+    for part in parts:
+        total.add_(part)
+    return total
+
+
 class _SampleLinear(Function):
     """A draw of x w^T + bias from its own Normal; the backward pass writes each gradient of the weight once."""
 
@@ -41,14 +60,15 @@ class _SampleLinear(Function):
         x: Tensor,
         loc: Tensor,
         log_scale: Tensor,
-        variance: Tensor,
+        variance: Tensor | None,
         bias: Tensor | None,
         shape: tuple[int, ...] | None,
         keep_variance: bool,
+        ledger: Ledger | None,
     ) -> Tensor:
-        mean, var = _linear_moments(x, loc, variance, bias)
+        mean, var = _linear_moments(x, loc, log_scale, variance, bias)
         out, slope = draw_with_slope(mean, var, shape)
-        ctx.keep_variance = keep_variance
+        ctx.keep_variance, ctx.ledger = keep_variance, ledger
         ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
         return out
 
@@ -56,7 +76,7 @@ class _SampleLinear(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         refuse_second_derivative()
         x, loc, kept, slope = ctx.saved_tensors
-        need_x, need_loc, need_log_scale, _, need_bias, _, _ = ctx.needs_input_grad
+        need_x, need_loc, need_log_scale, _, need_bias, *_ = ctx.needs_input_grad
         along_var = grad * slope  # twice: the derivatives of x^2 and exp(2 log_scale) bring the factor 2
         moment_shape = (*x.shape[:-1], loc.shape[0])
         if grad.shape != moment_shape:  # particles that share the moments
@@ -64,8 +84,8 @@ class _SampleLinear(Function):
         dx = dloc = dlog_scale = dbias = None
         variance = kept if ctx.keep_variance else None
         if need_x:
-            variance = fused.constant_variance(kept) if variance is None else variance
-            dx = torch.addcmul(matmul(grad, loc), x, matmul(along_var, variance))
+            by_var = _times_whole_variance(along_var, kept) if variance is None else matmul(along_var, variance)
+            dx = torch.addcmul(matmul(grad, loc), x, by_var)
         data, grad, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, grad, along_var))
         if need_loc:
             dloc = matmul(grad.mT, data)
@@ -77,33 +97,37 @@ class _SampleLinear(Function):
                 dlog_scale.mul_(variance)
         if need_bias:
             dbias = grad.sum(0)
-        return dx, dloc, dlog_scale, None, dbias, None, None
+        if ctx.ledger is not None:
+            ctx.ledger.owned.update(gradient.data_ptr() for gradient in (dloc, dlog_scale) if gradient is not None)
+        return dx, dloc, dlog_scale, None, dbias, None, None, None
 
 
 def sample_linear(
     x: Tensor,
     loc: Tensor,
     log_scale: Tensor,
-    variance: Tensor,
+    variance: Tensor | None,
     bias: Tensor | None,
     shape: tuple[int, ...] | None = None,
     keep_variance: bool = True,
     name: str = "",
+    ledger: Ledger | None = None,
 ) -> Tensor | None:
     """A draw of ``F.linear(x, w, bias)``, w ~ Normal(loc, scale^2), by local reparameterization.
 
     :param x: (*batch, in).
     :param loc: (out, in).
     :param log_scale: (out, in), where the gradient goes.
-    :param variance: (out, in), exp(2 log_scale) or 0, taken as a constant.
+    :param variance: (out, in), exp(2 log_scale) or 0, taken as a constant; None to compute it in parts.
     :param bias: (out,) or None.
     :param shape: of the result, where it has more draws than (*batch, out).
     :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
+    :param ledger: of the weight, where it has one.
     :param name: of the weight, under which moments are remembered; all of them are functions of ``log_scale``.
     :returns: None where it has to be composed of ordinary functions: under autocast, in a trace or transform, for
         float16, mixed dtypes and other shapes.
     """
-    tensors = (x, loc, log_scale, variance) if bias is None else (x, loc, log_scale, variance, bias)
+    tensors = tuple(tensor for tensor in (x, loc, log_scale, variance, bias) if tensor is not None)
     if (
         loc.dim() != 2
         or x.dim() == 0
@@ -115,10 +139,10 @@ def sample_linear(
     ):
         return None
     if not torch.is_grad_enabled():
-        known, arguments = REMEMBERED.get(), (x, loc, variance, bias)
+        known, arguments = REMEMBERED.get(), (x, loc, log_scale, variance, bias)
         if known is None or shape is None or math.prod(shape) == math.prod(x.shape[:-1]) * loc.shape[0]:
             mean, std = _linear_mean_and_std(*arguments)
         else:  # the samples share the data, which the next ones will meet as well
             mean, std = known.of(name, (x, loc, log_scale, bias), lambda: _linear_mean_and_std(*arguments))
         return draw(mean, std, shape)
-    return _SampleLinear.apply(x, loc, log_scale, variance, bias, shape, keep_variance)  # type: ignore[no-any-return]
+    return _SampleLinear.apply(x, loc, log_scale, variance, bias, shape, keep_variance, ledger)  # type: ignore[no-any-return]

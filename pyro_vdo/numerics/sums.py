@@ -51,8 +51,8 @@ def _quotient(num: tuple[float, ...], den: tuple[float, ...], t: Tensor, pair: T
     return pair[0], pair[1]
 
 
-def _chunked_sum(loc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the KL on the CPU, not finite where t overflows, and the smallest variance."""
+def _chunked_sum(loc: Tensor, variance: Tensor, of_log_scale: bool = False) -> tuple[Tensor, Tensor]:
+    """Sum of the KL on the CPU, not finite where t overflows, and the smallest variance (or log_scale)."""
     fit = fit_for(loc.dtype)
     loc, variance = loc.reshape(-1), variance.reshape(-1)
     size, parts = fused.chunks(len(loc))
@@ -60,6 +60,8 @@ def _chunked_sum(loc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     sums = []
     for part in parts:
         mean, var = loc[part], variance[part]
+        if of_log_scale:
+            var = fused.constant_variance(var)
         count = len(mean)
         t, clamped = t_full[:count], clamped_full[:count]
         torch.mul(mean, mean, out=t).div_(var)
@@ -116,11 +118,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(4 if tensor.numel() % 4 == 0 else 1, -1)
 
 
-def _kernel_sum(loc: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+def _kernel_sum(loc: Tensor, variance: Tensor, of_log_scale: bool = False) -> tuple[Tensor, Tensor]:
     fit = fit_for(loc.dtype)
     total = loc.new_zeros(())
     for mean, var in zip(loc.unbind(0), variance.unbind(0), strict=True):
-        t = mean * mean / var
+        t = mean * mean * (-2.0 * var).exp() if of_log_scale else mean * mean / var
         clamped = t.clamp(max=fit.limit**2)
         x = t * (horner(fit.value_num, clamped) / horner(fit.value_den, clamped))
         # (1 + x) (1 + y) = 1 + (x + x y + y): one logarithm for a column
@@ -158,13 +160,29 @@ def _best(chunked: Callable[..., Any], kernel: Callable[..., Any], *args: Tensor
     return chunked(*args, **options) if compiled is None else compiled(*args)
 
 
-def _sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, bool]:
+def both_sums(loc: Tensor, log_scale: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor, bool]:
     """KL, sum of log_scale, and whether t can be had from the variance without over- and underflow."""
     if loc.device.type == "cpu" and loc.numel() > 0:  # nothing to wait for on the CPU
-        total, smallest = _best(_chunked_sum, _kernel_sum, _rows(loc), _rows(variance))
-        if math.isfinite(total.item()) and smallest.item() >= torch.finfo(loc.dtype).tiny:
+        scales = log_scale if variance is None else variance
+        total, smallest = _best(_chunked_sum, _kernel_sum, _rows(loc), _rows(scales), of_log_scale=variance is None)
+        tiny = torch.finfo(loc.dtype).tiny
+        if math.isfinite(total.item()) and smallest.item() >= (0.5 * math.log(tiny) if variance is None else tiny):
             return total, log_scale.sum(), True
     return *_best(_composed_sum, _composed_sum, loc.reshape(-1), log_scale.reshape(-1)), False
+
+
+def both_gradients(
+    loc: Tensor, log_scale: Tensor, variance: Tensor | None, by_variance: bool, *weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the two sums, each times its one of ``weights``, for vectors.
+
+    :param variance: scale^2, where it is at hand.
+    :param by_variance: as :func:`both_sums` found.
+    """
+    if not by_variance:
+        return _best(_composed_gradient, _composed_gradient, loc, log_scale, *weights)  # type: ignore[no-any-return]
+    scales = log_scale if variance is None else variance
+    return _best(_chunked_gradient, _kernel_gradient, loc, scales, *weights, of_log_scale=variance is None)  # type: ignore[no-any-return]
 
 
 class _LogUniformSums(Function):
@@ -172,7 +190,7 @@ class _LogUniformSums(Function):
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        kl, total, ctx.by_variance = _sums(loc, log_scale, variance)
+        kl, total, ctx.by_variance = both_sums(loc, log_scale, variance)
         ctx.save_for_backward(loc, log_scale, None if fused.is_large(loc) else variance)
         ctx.set_materialize_grads(False)
         return kl, total
@@ -181,19 +199,15 @@ class _LogUniformSums(Function):
     def backward(ctx: Any, along_kl: Tensor | None, along_log_scale: Tensor | None) -> Any:
         loc, log_scale, variance = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of this derivative is wanted
-            return *_differentiable_gradient(loc, log_scale, along_kl, along_log_scale), None
+            return *differentiable_gradients(loc, log_scale, along_kl, along_log_scale), None
         # Of one dimension: inductor takes a float64 of none for a Python number, which it cannot leave open.
         weights = [loc.new_zeros(1) if x is None else x.reshape(1) for x in (along_kl, along_log_scale)]
-        if not ctx.by_variance:
-            flat = _best(_composed_gradient, _composed_gradient, loc.reshape(-1), log_scale.reshape(-1), *weights)
-        else:
-            scales = log_scale if variance is None else variance
-            args = loc.reshape(-1), scales.reshape(-1), *weights
-            flat = _best(_chunked_gradient, _kernel_gradient, *args, of_log_scale=variance is None)
-        return *(_compat.owned_view(gradient, loc.shape) for gradient in flat), None
+        flat = (None if x is None else x.reshape(-1) for x in (loc, log_scale, variance))
+        both = both_gradients(*flat, ctx.by_variance, *weights)  # type: ignore[arg-type]
+        return *(_compat.owned_view(each, loc.shape) for each in both), None
 
 
-def _differentiable_gradient(loc: Tensor, log_scale: Tensor, *along: Tensor | None) -> tuple[Tensor, ...]:
+def differentiable_gradients(loc: Tensor, log_scale: Tensor, *along: Tensor | None) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         sums = special.normal_log_uniform_kl(loc, log_scale.exp()).sum(), log_scale.sum()
         total = sum(weight * value for weight, value in zip(along, sums, strict=True) if weight is not None)

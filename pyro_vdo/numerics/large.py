@@ -1,0 +1,141 @@
+"""Weights that are larger than the cache: no more memory, and no more passes over it, than their gradients need.
+
+The variance is computed in parts where it is used, and the gradients from the data and from the log-uniform KL meet in
+one piece of memory: new memory costs more than the arithmetic, since the system has to clear it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from pyro_vdo.numerics import fused
+from pyro_vdo.numerics.sums import both_gradients, both_sums, differentiable_gradients
+
+# From here on the whole variance costs more than its parts.
+_HUGE = 2**22
+# Elements of a part: it stays in the cache, and the product with it is no slower than with the whole.
+_PART = 2**19
+
+
+def is_huge(tensor: Tensor) -> bool:
+    """True for matrices on the CPU whose variance is computed in parts wherever it is needed."""
+    return tensor.numel() >= _HUGE and tensor.dim() == 2 and tensor.device.type == "cpu"
+
+
+def variance_by_rows(log_scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """exp(2 log_scale) of some rows of a matrix at a time."""
+    count = max(1, _PART // log_scale.shape[1])
+    for start in range(0, log_scale.shape[0], count):
+        rows = slice(start, start + count)
+        yield rows, fused.constant_variance(log_scale[rows])
+
+
+class Ledger:
+    """What the backward passes of one weight tell each other."""
+
+    def __init__(self) -> None:
+        #: whether the gradient of the KL can be had from the variance, see ``both_sums``
+        self.by_variance = True
+        #: addresses of gradients that nothing else holds, to which others may be added in place
+        self.owned: set[int] = set()
+
+    def own(self, gradient: Tensor | None, like: Tensor) -> Tensor:
+        """``gradient`` in contiguous memory that may be written to; zeros for None."""
+        if gradient is None:
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        if gradient.data_ptr() in self.owned and gradient.is_contiguous():
+            return gradient
+        return gradient.clone(memory_format=torch.contiguous_format)
+
+    def add_gradients_(self, dloc: Tensor, dlog_scale: Tensor, loc: Tensor, log_scale: Tensor, along: Tensor) -> None:
+        """Add the gradients of KL and the sum of log_scale, times ``along``, to contiguous ones."""
+        loc, log_scale, dloc, dlog_scale = (each.reshape(-1) for each in (loc, log_scale, dloc, dlog_scale))
+        for part in fused.chunks(len(loc))[1]:
+            of_part = both_gradients(loc[part], log_scale[part], None, self.by_variance, *along.split(1))
+            dloc[part].add_(of_part[0])
+            dlog_scale[part].add_(of_part[1])
+
+
+class Meeting:
+    """Where the gradients of one weight meet in one pass: those from the data and that of its KL and E log q.
+
+    KL and E log q hang on a ticket in place of the parameters. The gradient of the ticket says how much of theirs is
+    wanted, which is then added to the one from the data.
+
+    :param loc: parameter.
+    :param log_scale: parameter; this pass uses the attributes ``loc`` and ``log_scale`` in their place.
+    """
+
+    def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
+        self.ledger = Ledger()
+        self.loc, self.log_scale, self._ticket = _Join.apply(loc, log_scale, self.ledger)
+
+    @staticmethod
+    def of(loc: Tensor, log_scale: Tensor) -> Meeting | None:
+        """One for these parameters, where it is worth it: they are large and train on the CPU."""
+        if (
+            fused.is_large(loc)
+            and loc.device.type == "cpu"
+            and loc.requires_grad
+            and log_scale.requires_grad
+            and torch.is_grad_enabled()
+            and loc.shape == log_scale.shape
+            and 0 not in loc.stride()  # particles of one weight
+            and loc.dtype == log_scale.dtype
+            and loc.dtype in (torch.float32, torch.float64)
+            and not fused.is_composable_only(loc, log_scale)
+        ):
+            return Meeting(loc, log_scale)
+        return None
+
+    def sums(self, variance: Tensor | None) -> tuple[Tensor, Tensor]:
+        """KL and E log q as :func:`~pyro_vdo.numerics.sums.log_uniform_sums`.
+
+        :param variance: scale^2, where it is at hand.
+        """
+        kl, total = _TicketSums.apply(self._ticket, self.loc.detach(), self.log_scale.detach(), variance, self.ledger)
+        return kl, -total - self.loc.numel() * fused.ENTROPY_CONSTANT
+
+
+class _Join(Function):
+    """(loc, log_scale) -> the same and a ticket."""
+
+    @staticmethod
+    def forward(ctx: Any, loc: Tensor, log_scale: Tensor, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.ledger = ledger
+        ctx.save_for_backward(loc, log_scale)
+        ctx.set_materialize_grads(False)
+        return loc.detach(), log_scale.detach(), loc.new_zeros(2)
+
+    @staticmethod
+    def backward(ctx: Any, dloc: Tensor | None, dlog_scale: Tensor | None, along: Tensor | None) -> Any:
+        if along is None:
+            return dloc, dlog_scale, None
+        loc, log_scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of this derivative is wanted
+            more = differentiable_gradients(loc, log_scale, *along.unbind())
+            return *(b if a is None else a + b for a, b in zip((dloc, dlog_scale), more, strict=True)), None
+        gradients = [ctx.ledger.own(gradient, loc) for gradient in (dloc, dlog_scale)]
+        ctx.ledger.owned.clear()
+        ctx.ledger.add_gradients_(*gradients, loc, log_scale, along)
+        return *gradients, None
+
+
+class _TicketSums(Function):
+    """Sum of the log-uniform KL and sum of log_scale, whose gradients go to the ticket."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ticket: Tensor, loc: Tensor, log_scale: Tensor, variance: Tensor | None, ledger: Ledger
+    ) -> tuple[Tensor, Tensor]:
+        kl, total, ledger.by_variance = both_sums(loc, log_scale, variance)
+        return kl, total
+
+    @staticmethod
+    def backward(ctx: Any, *along: Tensor) -> Any:
+        return torch.stack(along), None, None, None, None

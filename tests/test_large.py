@@ -1,0 +1,182 @@
+"""Weights beyond the cache: the same numbers as the composed functions, in less memory."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+import pyro_vdo as vdo
+from pyro_vdo.numerics import fused, large
+from pyro_vdo.numerics.large import Ledger, Meeting
+from tests.one_step import WEIGHTS, WIDTH, loss_and_gradients, program, step
+from tests.test_performance_counts import profiled
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_LARGE", 2**9)
+    monkeypatch.setattr(large, "_HUGE", 2**10)
+    monkeypatch.setattr(large, "_PART", 10 * WIDTH)  # the last part is shorter than the others
+    monkeypatch.setattr(fused, "_CHUNK", 1000)
+
+
+def composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "is_composable_only", lambda *_: True)
+
+
+def assert_gradients_agree(gradients: list[Tensor], expected: list[Tensor], rtol: float = 1e-4) -> None:
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=rtol, atol=1e-5 * reference.abs().max().item())
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO])
+@pytest.mark.parametrize("prior", [vdo.LogUniform(), vdo.EmpiricalBayesNormal()], ids=["log-uniform", "other"])
+def test_step_of_large_weights(elbo: type[Trace_ELBO], prior: vdo.LogUniform, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, guide, x, y = program(layers=3, prior=prior)
+    with torch.no_grad():
+        for name, param in guide.named_parameters():
+            if name.endswith("log_scale"):
+                param.add_(torch.randn_like(param))
+    loss, gradients = loss_and_gradients(model, guide, x, y, elbo())
+    composed(monkeypatch)
+    expected_loss, expected = loss_and_gradients(model, guide, x, y, elbo())
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_gradients_agree(gradients, expected)
+
+
+def test_particles_of_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    elbo = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    model, guide, x, y = program()
+    loss, gradients = loss_and_gradients(model, guide, x, y, elbo)
+    composed(monkeypatch)
+    expected_loss, expected = loss_and_gradients(model, guide, x, y, elbo)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_gradients_agree(gradients, expected)
+
+
+def weight_for(loc: Tensor, log_scale: Tensor) -> vdo.FactorizedNormal:
+    return vdo.FactorizedNormal(loc, log_scale=log_scale, validate_args=False).to_event(2)
+
+
+def parameters(dtype: torch.dtype = torch.float64) -> tuple[nn.Parameter, nn.Parameter]:
+    torch.manual_seed(0)
+    loc = nn.Parameter(torch.randn(40, 32, dtype=dtype))
+    return loc, nn.Parameter(torch.randn(40, 32, dtype=dtype) - 1)
+
+
+def objective(loc: Tensor, log_scale: Tensor, use: str) -> Tensor:
+    """A KL, and what ``use`` makes of the weight, without randomness in the gradients that are compared."""
+    q = weight_for(loc, log_scale)
+    w = q.rsample()
+    prior = vdo.LogUniform().expand([40, 32]).to_event(2)
+    total = 0.7 * (q.log_prob(w) - prior.log_prob(w))
+    torch.manual_seed(1)
+    x = torch.randn(5, 32, dtype=loc.dtype)
+    if use == "linear":
+        total = total + nn.functional.linear(x, w).sin().sum()
+    elif use == "drawn":  # loc and scale * eps share one gradient
+        total = total + (x @ (w * 1.0).draw().mT).sin().sum()
+    elif use == "twice":
+        total = total + nn.functional.linear(x, w).sin().sum() + (x @ w.draw().mT).cos().sum()
+    return total
+
+
+@pytest.mark.parametrize("use", ["nothing", "linear", "drawn", "twice"])
+@pytest.mark.filterwarnings("ignore::pyro_vdo.variables.ReuseWarning")
+def test_gradients_meet_whatever_uses_the_weight(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loc, log_scale = parameters()
+    gradients = torch.autograd.grad(objective(loc, log_scale, use), (loc, log_scale))
+    composed(monkeypatch)
+    expected = torch.autograd.grad(objective(loc, log_scale, use), (loc, log_scale))
+    assert_gradients_agree(list(gradients), list(expected), rtol=1e-9)
+
+
+def test_second_backward_pass_and_accumulation() -> None:
+    loc, log_scale = parameters()
+    loss = objective(loc, log_scale, "linear")
+    loss.backward(retain_graph=True)
+    first = [param.grad.clone() for param in (loc, log_scale)]  # type: ignore[union-attr]
+    loss.backward()
+    assert_gradients_agree([param.grad for param in (loc, log_scale)], [2 * gradient for gradient in first], 1e-12)  # type: ignore[misc]
+
+
+def test_second_derivative_of_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+    def curvature() -> tuple[Tensor, ...]:
+        loc, log_scale = parameters()
+        first = torch.autograd.grad(objective(loc, log_scale, "drawn"), (loc, log_scale), create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (loc, log_scale))  # type: ignore[arg-type]
+
+    found = curvature()
+    composed(monkeypatch)
+    assert_gradients_agree(list(found), list(curvature()), rtol=1e-8)
+
+
+def test_weights_changed_in_place_before_the_backward_pass_are_noticed() -> None:
+    loc, log_scale = parameters()
+    loss = objective(loc, log_scale, "linear")
+    with torch.no_grad():
+        log_scale.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(("loc", "log_scale"), [(1e25, -3.0), (1e-30, -60.0), (0.0, -3.0), (0.3, -50.0), (0.3, 40.0)])
+def test_both_ends_of_the_range(loc: float, log_scale: float) -> None:
+    mean, logs = nn.Parameter(torch.full((32, 32), loc)), nn.Parameter(torch.full((32, 32), log_scale))
+    meeting = Meeting.of(mean, logs)
+    assert meeting is not None
+    kl, log_law = meeting.sums(None)
+    kl.backward()
+    exact = vdo.LogUniform().expand([1])
+    one, one_log = torch.tensor([loc], dtype=torch.float64, requires_grad=True), torch.tensor([log_scale]).double()
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(one, one_log.exp()), exact).sum()
+    expected.backward()
+    assert kl.item() == pytest.approx(1024 * expected.item(), rel=2e-6)
+    assert log_law.item() == pytest.approx(-1024 * (log_scale + fused.ENTROPY_CONSTANT), rel=1e-6)
+    assert mean.grad is not None
+    assert mean.grad.mean().item() == pytest.approx(one.grad.item(), rel=2e-5)  # type: ignore[union-attr]
+    assert logs.grad is not None
+    assert logs.grad.mean().item() == pytest.approx(-loc * one.grad.item(), rel=2e-5)  # type: ignore[union-attr]
+
+
+def test_gradient_that_something_else_holds_is_not_written_to() -> None:
+    ledger, gradient = Ledger(), torch.ones(3, 3)
+    assert ledger.own(gradient, gradient) is not gradient
+    ledger.owned.add(gradient.data_ptr())
+    assert ledger.own(gradient, gradient) is gradient
+    assert ledger.own(gradient.mT, gradient).is_contiguous()
+
+
+def test_memory_of_a_step() -> None:
+    run, _ = step()
+    _, allocations = profiled(run)
+    # A site: its two gradients, and nothing else of its size.
+    assert sum(size >= 4 * math.prod(WEIGHTS) for size in allocations) == 2 * 2
+
+
+def test_passes_over_large_weights() -> None:
+    run, _ = step()
+    calls, _ = profiled(run)
+    assert calls["aten::add_", WEIGHTS] == 0  # the gradient of the KL is added in parts
+    assert calls["aten::exp2_", WEIGHTS] == 0
+
+
+def test_graph_of_a_pass_is_freed_without_the_garbage_collector() -> None:
+    loc, log_scale = parameters()
+    gc.collect()
+    gc.disable()
+    try:
+        meeting = Meeting.of(loc, log_scale)
+        assert meeting is not None
+        ledger = weakref.ref(meeting.ledger)
+        meeting.sums(None)[0].backward()
+        del meeting
+        assert ledger() is None
+    finally:
+        gc.enable()
