@@ -23,6 +23,7 @@ from common import (
     compiled,
     interleave,
     joint_adam,
+    keep_memory,
     lenet_300_100,
     ratio,
     report,
@@ -115,6 +116,8 @@ def main() -> None:
         "pyro_adam": ours(lenet_300_100(), x, y, adam()),
     }
     times = interleave(candidates, rounds=16, steps=6, warm_up=10)
+    keep_memory()
+    kept = interleave(candidates, rounds=16, steps=6, warm_up=10)
     report("peers", [
         Claim("svi.step / TyXe with local reparameterization (JointOptim, compiler)", ratio(times, "compiled", "tyxe"),
               0.40, details=summary(times)),
@@ -123,6 +126,10 @@ def main() -> None:
         Claim("  TyXe with Trace_ELBO", ratio(times, "compiled", "tyxe_trace")),
         Claim("  cplxmodule", ratio(times, "compiled", "cplxmodule")),
         Claim("  bayesian-torch", ratio(times, "compiled", "bayesian_torch")),
+        Claim("  TyXe, where the allocator keeps memory between steps", ratio(kept, "compiled", "tyxe"), 0.40,
+              details=summary(kept)),
+        Claim("  cplxmodule, the same", ratio(kept, "compiled", "cplxmodule")),
+        Claim("  bayesian-torch, the same", ratio(kept, "compiled", "bayesian_torch")),
     ])  # fmt: skip
 
 

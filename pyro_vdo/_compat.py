@@ -258,7 +258,7 @@ def _askers() -> Iterator[tuple[Any, Any]]:
 
 def density_is_asked() -> bool:
     """True while some distribution's ``log_prob`` is being evaluated."""
-    return any(True for _ in _askers())
+    return next(_askers(), None) is not None
 
 
 def normal_density_is_asked() -> bool:

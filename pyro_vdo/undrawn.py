@@ -73,8 +73,13 @@ class Undrawn(Tensor):
                 return func(*args, **kwargs)
         if _compat.changes_in_place(func):
             cls._refuse_change(func, args, kwargs)
-        owners = [leaf for leaf in args if isinstance(leaf, Undrawn)]
-        if kwargs or any(isinstance(arg, (tuple, list, dict)) for arg in args):
+        owners, nested = [], bool(kwargs)
+        for arg in args:
+            if isinstance(arg, Undrawn):
+                owners.append(arg)
+            elif isinstance(arg, (tuple, list, dict)):
+                nested = True
+        if nested:
             owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
         if any(owner.provenance for owner in owners) or not all(issubclass(kind, Undrawn) for kind in types):
             (args, kwargs), names = _compat.split_provenance(((*args,), kwargs))

@@ -127,12 +127,12 @@ class GaussianWeight(Undrawn):
 
     def is_whole(self, event_dim: int) -> bool:
         """True for a variable itself with so many event dimensions, and one set of parameters for all particles."""
-        return self._parent is None and self.event_dim == event_dim and self._particles_repeat(event_dim)
+        if self._parent is not None or self.event_dim != event_dim:
+            return False
+        return self.loc.dim() == event_dim or self._particles_repeat(event_dim)
 
     def _particles_repeat(self, event_dim: int) -> bool:
         lead = self.loc.dim() - event_dim
-        if lead == 0:
-            return True
         scale = self.law_scale if self._log_scale is None else self._log_scale
         return all(self.loc.size(d) == 1 or self.loc.stride(d) == 0 == scale.stride(d) for d in range(lead))
 

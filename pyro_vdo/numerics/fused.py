@@ -24,12 +24,10 @@ _LARGE = 2**19
 
 def is_composable_only(*tensors: Tensor) -> bool:
     """True while something traces or transforms: then only ordinary torch functions will do."""
-    return (
-        _compat.is_tracing()
-        or torch.compiler.is_compiling()
-        or _compat.is_transforming()
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
-    )
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return True
+    return _compat.is_tracing() or torch.compiler.is_compiling() or _compat.is_transforming()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

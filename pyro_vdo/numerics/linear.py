@@ -127,15 +127,16 @@ def sample_linear(
     :returns: None where it has to be composed of ordinary functions: under autocast, in a trace or transform, for
         float16, mixed dtypes and other shapes.
     """
-    tensors = tuple(tensor for tensor in (x, loc, log_scale, variance, bias) if tensor is not None)
+    dtype = loc.dtype
     if (
         loc.dim() != 2
         or x.dim() == 0
-        or loc.dtype is torch.float16
-        or (bias is not None and bias.dim() != 1)
-        or any(t.dtype != loc.dtype for t in tensors)
+        or not dtype == x.dtype == log_scale.dtype
+        or dtype is torch.float16
+        or (variance is not None and variance.dtype != dtype)
+        or (bias is not None and (bias.dim() != 1 or bias.dtype != dtype or fused.is_composable_only(bias)))
         or fused.autocast_dtype(x) is not None
-        or fused.is_composable_only(*tensors)
+        or fused.is_composable_only(x, loc, log_scale)
     ):
         return None
     if not torch.is_grad_enabled():
