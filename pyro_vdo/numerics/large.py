@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pyro_vdo import _compat
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.sums import both_gradients, both_sums, differentiable_gradients
 
@@ -120,6 +121,9 @@ class _Join(Function):
         if torch.is_grad_enabled():  # a derivative of this derivative is wanted
             more = differentiable_gradients(loc, log_scale, *along.unbind())
             return *(b if a is None else a + b for a, b in zip((dloc, dlog_scale), more, strict=True)), None
+        if dloc is None and dlog_scale is None:  # no data met the weight
+            flat = both_gradients(loc.reshape(-1), log_scale.reshape(-1), None, ctx.ledger.by_variance, *along.split(1))
+            return *(_compat.owned_view(gradient, loc.shape) for gradient in flat), None
         gradients = [ctx.ledger.own(gradient, loc) for gradient in (dloc, dlog_scale)]
         ctx.ledger.owned.clear()
         ctx.ledger.add_gradients_(*gradients, loc, log_scale, along)
