@@ -11,6 +11,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 
+_NEW: Any = object()
+
+
 class JointOptim(PyroOptim):
     """A Pyro optimizer that steps all parameters in one call of one torch optimizer.
 
@@ -39,9 +42,10 @@ class JointOptim(PyroOptim):
         """Step all ``params`` that have a gradient, and free their gradients."""
         params = list(params)
         for param in params:
-            if param not in self.optim_objs:
+            clip = self.grad_clip.get(param, _NEW)  # one look-up, as each asks for the hash of a tensor in Python
+            if clip is _NEW:
                 self.take_in(param)
-            clip = self.grad_clip[param]
+                clip = self.grad_clip[param]
             if clip is not None and param.grad is not None:
                 clip(param)
         if self.optimizer is not None:
