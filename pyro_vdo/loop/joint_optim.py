@@ -10,7 +10,6 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-
 _NEW: Any = object()
 
 

@@ -86,7 +86,9 @@ class _SampleLinear(Function):
         if need_x:
             by_var = _times_whole_variance(along_var, kept) if variance is None else matmul(along_var, variance)
             dx = torch.addcmul(matmul(grad, loc), x, by_var)
-        data, grad, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, grad, along_var))
+        data = x
+        if x.dim() != 2:
+            data, grad, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, grad, along_var))
         if need_loc:
             dloc = matmul(grad.mT, data)
         if need_log_scale:
