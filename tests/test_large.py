@@ -70,24 +70,32 @@ def parameters(dtype: torch.dtype = torch.float64) -> tuple[nn.Parameter, nn.Par
     return loc, nn.Parameter(torch.randn(40, 32, dtype=dtype) - 1)
 
 
-def objective(loc: Tensor, log_scale: Tensor, use: str) -> Tensor:
-    """A KL, and what ``use`` makes of the weight, without randomness in the gradients that are compared."""
+def data_and_kl(loc: Tensor, log_scale: Tensor, use: str) -> tuple[Tensor, Tensor]:
+    """What ``use`` makes of the weight, without randomness in the gradients that are compared, and a KL."""
     q = weight_for(loc, log_scale)
     w = q.rsample()
     prior = vdo.LogUniform().expand([40, 32]).to_event(2)
-    total = 0.7 * (q.log_prob(w) - prior.log_prob(w))
+    kl = 0.7 * (q.log_prob(w) - prior.log_prob(w))
     torch.manual_seed(1)
     x = torch.randn(5, 32, dtype=loc.dtype)
-    if use == "linear":
-        total = total + nn.functional.linear(x, w).sin().sum()
-    elif use == "drawn":  # loc and scale * eps share one gradient
-        total = total + (x @ (w * 1.0).draw().mT).sin().sum()
+    data = loc.new_zeros(())
+    if use in ("linear", "twice"):
+        data = data + nn.functional.linear(x, w).sin().sum()
+    if use == "drawn":  # loc and scale * eps share one gradient
+        data = data + (x @ (w * 1.0).draw().mT).sin().sum()
     elif use == "twice":
-        total = total + nn.functional.linear(x, w).sin().sum() + (x @ w.draw().mT).cos().sum()
-    return total
+        data = data + (x @ w.draw().mT).cos().sum()
+    elif use == "sparse":
+        data = data + nn.functional.embedding(torch.tensor([3, 7, 3]), w.draw(), sparse=True).sin().sum()
+    return data, kl
 
 
-@pytest.mark.parametrize("use", ["nothing", "linear", "drawn", "twice"])
+def objective(loc: Tensor, log_scale: Tensor, use: str) -> Tensor:
+    data, kl = data_and_kl(loc, log_scale, use)
+    return kl + data
+
+
+@pytest.mark.parametrize("use", ["nothing", "linear", "drawn", "twice", "sparse"])
 @pytest.mark.filterwarnings("ignore::pyro_vdo.variables.ReuseWarning")
 def test_gradients_meet_whatever_uses_the_weight(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loc, log_scale = parameters()
@@ -104,6 +112,15 @@ def test_second_backward_pass_and_accumulation() -> None:
     first = [param.grad.clone() for param in (loc, log_scale)]  # type: ignore[union-attr]
     loss.backward()
     assert_gradients_agree([param.grad for param in (loc, log_scale)], [2 * gradient for gradient in first], 1e-12)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["data first", "KL first"])
+def test_data_and_kl_in_backward_passes_of_their_own(order: int) -> None:
+    loc, log_scale = parameters()
+    expected = torch.autograd.grad(sum(data_and_kl(loc, log_scale, "linear")), (loc, log_scale))  # type: ignore[arg-type]
+    for part in data_and_kl(loc, log_scale, "linear")[::order]:
+        part.backward()
+    assert_gradients_agree([param.grad for param in (loc, log_scale)], list(expected), 1e-12)  # type: ignore[misc]
 
 
 def test_second_derivative_of_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
