@@ -131,8 +131,9 @@ class LocalPredictive:
             return value.reshape(shape).expand(size, *shape)  # no draw has touched it
         raise ValueError(
             f"LocalPredictive: '{name}' has shape {tuple(shape)} in a single pass and {tuple(value.shape)} with {size} "
-            f"samples at once{', which it mixes' * of_one}. Let the model take dimensions of samples on the left (count "
-            "dimensions from the right, as in x.mean(-1)), or take Predictive(model, guide=guide, num_samples=...)."
+            f"samples at once{', which it mixes' * of_one}. Let the model take dimensions of samples on the left "
+            "(count dimensions from the right, as in x.mean(-1)), or take Predictive(model, guide=guide, "
+            "num_samples=...)."
         )
 
 
