@@ -134,9 +134,10 @@ def test_second_derivative_of_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_gradients_agree(list(found), list(curvature()), rtol=1e-8)
 
 
-def test_weights_changed_in_place_before_the_backward_pass_are_noticed() -> None:
+@pytest.mark.parametrize("use", ["nothing", "linear"])
+def test_weights_changed_in_place_before_the_backward_pass_are_noticed(use: str) -> None:
     loc, log_scale = parameters()
-    loss = objective(loc, log_scale, "linear")
+    loss = objective(loc, log_scale, use)
     with torch.no_grad():
         log_scale.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -168,6 +169,17 @@ def test_gradient_that_something_else_holds_is_not_written_to() -> None:
     ledger.owned.add(gradient.data_ptr())
     assert ledger.own(gradient, gradient) is gradient
     assert ledger.own(gradient.mT, gradient).is_contiguous()
+
+
+@pytest.mark.parametrize("use", ["data", "both"])
+def test_nothing_is_owned_after_a_backward_pass(use: str) -> None:
+    loc, log_scale = parameters()
+    meeting = Meeting.of(loc, log_scale)
+    assert meeting is not None
+    w = vdo.weights.GaussianWeight(meeting.loc, log_scale=meeting.log_scale, meeting=meeting)
+    loss = nn.functional.linear(torch.ones(5, 32, dtype=loc.dtype), w).sum()
+    (loss if use == "data" else loss + meeting.sums(None)[0]).backward()
+    assert not meeting.ledger.owned
 
 
 def test_memory_of_a_step() -> None:
