@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -194,6 +195,16 @@ def test_passes_over_large_weights() -> None:
     calls, _ = profiled(run)
     assert calls["aten::add_", WEIGHTS] == 0  # the gradient of the KL is added in parts
     assert calls["aten::exp2_", WEIGHTS] == 0
+
+
+def test_the_variance_of_a_large_weight_goes_once_its_kl_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "_HUGE", 2**40)
+    q = weight_for(*parameters())
+    w: Any = q.rsample()
+    nn.functional.linear(torch.randn(5, 32, dtype=torch.float64), w)
+    variance = weakref.ref(w.constant_variance)
+    vdo.LogUniform().expand([40, 32]).to_event(2).log_prob(w)
+    assert variance() is None
 
 
 def test_graph_of_a_pass_is_freed_without_the_garbage_collector() -> None:
