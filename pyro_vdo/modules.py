@@ -133,30 +133,10 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
     result = {}
     for full_name in chosen:
         path, module = candidates[full_name]
-        param = net.get_parameter(full_name)
-        if isinstance(module, _FLAT_WEIGHTS):
-            raise ValueError(
-                f"to_bayesian: '{full_name}' belongs to {type(module).__name__}, which hands its weights to a fused "
-                "kernel. Write the recurrence with Linear layers and draw=[...] in the guide, or leave it out of where."
-            )
-        if isinstance(param, nn.parameter.UninitializedParameter):
-            raise ValueError(f"to_bayesian: '{full_name}' is lazy; run the network once before converting it")
-        if not param.is_floating_point():
-            raise ValueError(f"to_bayesian: '{full_name}' has dtype {param.dtype}; weights must be floating point")
-        if getattr(module, "max_norm", None) is not None:
-            raise ValueError(
-                f"to_bayesian: '{full_name}' belongs to an embedding with max_norm={module.max_norm}, which rewrites "
-                "its weight in place; a random weight cannot be rewritten. Build the embedding without max_norm."
-            )
+        _check_weight(full_name, module)
         prior = _prior_for(full_name, path, module, priors)
         if prior is not None:
-            if isinstance(prior, Distribution) and (
-                tuple(prior.batch_shape) + tuple(prior.event_shape) not in ((), tuple(param.shape))
-            ):
-                raise ValueError(
-                    f"to_bayesian: the prior for '{full_name}' has shape {tuple(prior.batch_shape)}, the weight "
-                    f"{tuple(param.shape)}; give the prior of one weight, without expand and to_event"
-                )
+            _check_shape(full_name, module, prior)
             result[full_name] = prior
     if chosen and not result:
         raise ValueError(
@@ -170,6 +150,33 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
             f"Its parameters: {sorted(candidates)}"
         )
     return result
+
+
+def _check_weight(full_name: str, module: nn.Module) -> None:
+    param = module.get_parameter(full_name.rpartition(".")[2])
+    if isinstance(module, _FLAT_WEIGHTS):
+        raise ValueError(
+            f"to_bayesian: '{full_name}' belongs to {type(module).__name__}, which hands its weights to a fused "
+            "kernel. Write the recurrence with Linear layers and draw=[...] in the guide, or leave it out of where."
+        )
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        raise ValueError(f"to_bayesian: '{full_name}' is lazy; run the network once before converting it")
+    if not param.is_floating_point():
+        raise ValueError(f"to_bayesian: '{full_name}' has dtype {param.dtype}; weights must be floating point")
+    if getattr(module, "max_norm", None) is not None:
+        raise ValueError(
+            f"to_bayesian: '{full_name}' belongs to an embedding with max_norm={module.max_norm}, which rewrites "
+            "its weight in place; a random weight cannot be rewritten. Build the embedding without max_norm."
+        )
+
+
+def _check_shape(full_name: str, module: nn.Module, prior: Prior) -> None:
+    shape = tuple(module.get_parameter(full_name.rpartition(".")[2]).shape)
+    if isinstance(prior, Distribution) and tuple(prior.batch_shape) + tuple(prior.event_shape) not in ((), shape):
+        raise ValueError(
+            f"to_bayesian: the prior for '{full_name}' has shape {tuple(prior.batch_shape)}, the weight {shape}; give "
+            "the prior of one weight, without expand and to_event"
+        )
 
 
 def _check_keys(priors: Mapping[Any, Prior], candidates: Iterable[str], net: nn.Module) -> None:

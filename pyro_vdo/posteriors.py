@@ -109,22 +109,25 @@ class FactorizedNormal(dist.Normal):
         shape = self._extended_shape(torch.Size(sample_shape))
 
         def expanded(tensor: Tensor | None) -> Any:
-            return tensor if tensor is None or tensor.shape == shape else tensor.expand(shape)
+            if tensor is None:
+                return None
+            # Sums over a whole weight take what repeats for particles, and count it once.
+            single = fused.with_own_memory(tensor, event_dim or 0)
+            return single if single.shape == shape else single.expand(shape)
 
         options: dict[str, Any] = {
             "variable": Variable(self.name, self.policy, source=self),
-            "log_scale": expanded(self._log_scale),
             "event_dim": event_dim,
             "kept": expanded(self.kept),
         }
         if self.block is not None and shape == self.loc.shape:
-            return BlockWeight(self.loc, self._scale, block=self.block, **options)
-        if self._scale is None and self._log_scale is not None and shape == self.loc.shape:
-            meeting = Meeting.of(self.loc, self._log_scale)
+            return BlockWeight(self.loc, self._scale, block=self.block, log_scale=self._log_scale, **options)
+        loc, log_scale = expanded(self.loc), expanded(self._log_scale)
+        if self._scale is None and log_scale is not None and shape == self.loc.shape:
+            meeting = Meeting.of(loc, log_scale)
             if meeting is not None:
-                options["log_scale"] = meeting.log_scale
-                return GaussianWeight(meeting.loc, meeting=meeting, **options)
-        return GaussianWeight(expanded(self.loc), expanded(self._scale), **options)
+                return GaussianWeight(meeting.loc, log_scale=meeting.log_scale, meeting=meeting, **options)
+        return GaussianWeight(loc, expanded(self._scale), log_scale=log_scale, **options)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Real numbers, without a gradient."""

@@ -35,7 +35,7 @@ class LocalPredictive:
     :param chunk_size: how many samples at once; memory grows with it.
     :param max_plate_nesting: number of batch dimensions of the model; found out by default.
     :raises ValueError: unless ``num_samples`` and ``chunk_size`` are positive; when called, for sites that do not exist
-        or whose shape shows that the model takes no batches of samples.
+        or whose shape or numbers show that the model takes no batches of samples.
     """
 
     def __init__(
@@ -122,15 +122,18 @@ class LocalPredictive:
         if _is_sampled(site):
             own = max((-frame.dim for frame in site["cond_indep_stack"] if frame.name != _PLATE), default=0)
             return value.expand(size, *value.shape[1:]).reshape(size, *value.shape[1 + nesting - own :])
-        shape = single[1].nodes[name]["value"].shape  # only a single pass tells which dimensions are its own
+        alone = single[1].nodes[name]["value"]  # only a single pass tells which dimensions are its own
+        shape = alone.shape
         if value.numel() == size * shape.numel():
             return value.reshape(size, *shape)
-        if value.numel() == shape.numel():  # no draw has touched it
-            return value.reshape(shape).expand(size, *shape)
+        of_one = value.numel() == shape.numel()
+        if of_one and torch.allclose(value.reshape(shape).double(), alone.double(), rtol=1e-4, equal_nan=True):
+            return value.reshape(shape).expand(size, *shape)  # no draw has touched it
         raise ValueError(
             f"LocalPredictive: '{name}' has shape {tuple(shape)} in a single pass and {tuple(value.shape)} with {size} "
-            "samples at once. Let the model take dimensions of samples on the left (count dimensions from the right, "
-            "as in x.mean(-1)), or take Predictive(model, guide=guide, num_samples=...)."
+            f"samples at once{', which it mixes' * of_one}. Let the model take dimensions of samples on the left "
+            "(count dimensions from the right, as in x.mean(-1)), or take Predictive(model, guide=guide, "
+            "num_samples=...)."
         )
 
 

@@ -25,7 +25,6 @@ NOTHING_KEPT = (
     "too low."
 )
 
-Posteriors = Mapping[str, Any]
 Guide = Any  # a guide with ``posteriors()``, an AutoGuideList of such, or a mapping from site to distribution
 
 

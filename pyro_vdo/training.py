@@ -154,10 +154,7 @@ def _check(settings: Settings, guide: Any) -> None:
             f"fit: prune needs a guide with prune(threshold), not {type(guide).__name__}. If a part of it has one, "
             "write callbacks=[lambda run: part.prune(3.0)] in its place."
         )
-    weights = (
-        {settings.kl_weight(epoch) for epoch in range(settings.epochs)} if _compat.is_compiled(settings.loss) else ()
-    )
-    if _compat.is_compiled(settings.loss) and (settings.prune or len(weights) > 1):
+    if _compat.is_compiled(settings.loss) and (settings.prune or _changes(settings.kl_weight, settings.epochs)):
         raise ValueError(
             f"fit: {type(settings.loss).__name__} compiles the first step and repeats it, so that neither kl_weight "
             "nor prune may change. Use Trace_ELBO()."

@@ -13,6 +13,7 @@ from torch import nn
 
 import pyro_vdo as vdo
 from pyro_vdo.io_arviz import from_pyro_svi
+from pyro_vdo.reports.draws import _alike
 from tests.arviz_problem import Regression, group, guides, network, normal_guide
 
 SIGMAS = 5.0  # a bound of 5 standard errors fails by chance once in a million
@@ -295,3 +296,12 @@ def test_pruned_weights_are_zero_in_every_draw_and_have_no_density() -> None:
     got = (stats["log_weight_proper"] - stats["log_weight"]).values[0]
     np.testing.assert_allclose(got, difference, rtol=1e-4, atol=1e-3)
     assert group(idata, "posterior").attrs["vectorized"] == 1
+
+
+def test_together_and_alone_are_told_apart_but_for_the_rounding_of_float32() -> None:
+    alone = torch.tensor([3e3, 3e3], dtype=torch.float64)  # of a posterior without spread
+    assert _alike(alone * (1 + 2e-7), alone)
+    assert not _alike(alone * (1 + 1e-5), alone)
+    spread = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert not _alike(spread.mean().expand(2), spread)
+    assert not _alike(spread[:1], spread)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import pyro_vdo as vdo
 from pyro_vdo.export import FORMS
+from pyro_vdo.numerics import fused
 from pyro_vdo.reports import _arviz
 from pyro_vdo.special import normal_log_uniform_kl
 
@@ -384,3 +385,11 @@ def test_many_sites() -> None:
     assert list(vdo.summary(guide).index) == [f"{name}[0, 0]" for name in names]
     idata = vdo.from_pyro_svi(model, guide, x, x, num_samples=2)
     assert set(_arviz.group(idata, "posterior").data_vars) == set(names)
+
+
+@pytest.mark.parametrize("count", [10, 2**13])
+def test_variance_of_half_precision_has_its_digits(count: int) -> None:
+    log_scale = torch.linspace(-20, 0, count).bfloat16()
+    expected = (2 * log_scale.double()).exp()
+    error = (fused.variance(log_scale).double() / expected - 1).abs().max()
+    assert error <= 3 * 2**-8  # a square and two roundings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -70,24 +71,32 @@ def parameters(dtype: torch.dtype = torch.float64) -> tuple[nn.Parameter, nn.Par
     return loc, nn.Parameter(torch.randn(40, 32, dtype=dtype) - 1)
 
 
-def objective(loc: Tensor, log_scale: Tensor, use: str) -> Tensor:
-    """A KL, and what ``use`` makes of the weight, without randomness in the gradients that are compared."""
+def data_and_kl(loc: Tensor, log_scale: Tensor, use: str) -> tuple[Tensor, Tensor]:
+    """What ``use`` makes of the weight, without randomness in the gradients that are compared, and a KL."""
     q = weight_for(loc, log_scale)
     w = q.rsample()
     prior = vdo.LogUniform().expand([40, 32]).to_event(2)
-    total = 0.7 * (q.log_prob(w) - prior.log_prob(w))
+    kl = 0.7 * (q.log_prob(w) - prior.log_prob(w))
     torch.manual_seed(1)
     x = torch.randn(5, 32, dtype=loc.dtype)
-    if use == "linear":
-        total = total + nn.functional.linear(x, w).sin().sum()
-    elif use == "drawn":  # loc and scale * eps share one gradient
-        total = total + (x @ (w * 1.0).draw().mT).sin().sum()
+    data = loc.new_zeros(())
+    if use in ("linear", "twice"):
+        data = data + nn.functional.linear(x, w).sin().sum()
+    if use == "drawn":  # loc and scale * eps share one gradient
+        data = data + (x @ (w * 1.0).draw().mT).sin().sum()
     elif use == "twice":
-        total = total + nn.functional.linear(x, w).sin().sum() + (x @ w.draw().mT).cos().sum()
-    return total
+        data = data + (x @ w.draw().mT).cos().sum()
+    elif use == "sparse":
+        data = data + nn.functional.embedding(torch.tensor([3, 7, 3]), w.draw(), sparse=True).sin().sum()
+    return data, kl
 
 
-@pytest.mark.parametrize("use", ["nothing", "linear", "drawn", "twice"])
+def objective(loc: Tensor, log_scale: Tensor, use: str) -> Tensor:
+    data, kl = data_and_kl(loc, log_scale, use)
+    return kl + data
+
+
+@pytest.mark.parametrize("use", ["nothing", "linear", "drawn", "twice", "sparse"])
 @pytest.mark.filterwarnings("ignore::pyro_vdo.variables.ReuseWarning")
 def test_gradients_meet_whatever_uses_the_weight(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loc, log_scale = parameters()
@@ -106,6 +115,15 @@ def test_second_backward_pass_and_accumulation() -> None:
     assert_gradients_agree([param.grad for param in (loc, log_scale)], [2 * gradient for gradient in first], 1e-12)  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["data first", "KL first"])
+def test_data_and_kl_in_backward_passes_of_their_own(order: int) -> None:
+    loc, log_scale = parameters()
+    expected = torch.autograd.grad(sum(data_and_kl(loc, log_scale, "linear")), (loc, log_scale))  # type: ignore[arg-type]
+    for part in data_and_kl(loc, log_scale, "linear")[::order]:
+        part.backward()
+    assert_gradients_agree([param.grad for param in (loc, log_scale)], list(expected), 1e-12)  # type: ignore[misc]
+
+
 def test_second_derivative_of_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
     def curvature() -> tuple[Tensor, ...]:
         loc, log_scale = parameters()
@@ -117,9 +135,10 @@ def test_second_derivative_of_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_gradients_agree(list(found), list(curvature()), rtol=1e-8)
 
 
-def test_weights_changed_in_place_before_the_backward_pass_are_noticed() -> None:
+@pytest.mark.parametrize("use", ["nothing", "linear"])
+def test_weights_changed_in_place_before_the_backward_pass_are_noticed(use: str) -> None:
     loc, log_scale = parameters()
-    loss = objective(loc, log_scale, "linear")
+    loss = objective(loc, log_scale, use)
     with torch.no_grad():
         log_scale.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -153,6 +172,17 @@ def test_gradient_that_something_else_holds_is_not_written_to() -> None:
     assert ledger.own(gradient.mT, gradient).is_contiguous()
 
 
+@pytest.mark.parametrize("use", ["data", "both"])
+def test_nothing_is_owned_after_a_backward_pass(use: str) -> None:
+    loc, log_scale = parameters()
+    meeting = Meeting.of(loc, log_scale)
+    assert meeting is not None
+    w = vdo.weights.GaussianWeight(meeting.loc, log_scale=meeting.log_scale, meeting=meeting)
+    loss = nn.functional.linear(torch.ones(5, 32, dtype=loc.dtype), w).sum()
+    (loss if use == "data" else loss + meeting.sums(None)[0]).backward()
+    assert not meeting.ledger.owned
+
+
 def test_memory_of_a_step() -> None:
     run, _ = step()
     _, allocations = profiled(run)
@@ -165,6 +195,16 @@ def test_passes_over_large_weights() -> None:
     calls, _ = profiled(run)
     assert calls["aten::add_", WEIGHTS] == 0  # the gradient of the KL is added in parts
     assert calls["aten::exp2_", WEIGHTS] == 0
+
+
+def test_the_variance_of_a_large_weight_goes_once_its_kl_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "_HUGE", 2**40)
+    q = weight_for(*parameters())
+    w: Any = q.rsample()
+    nn.functional.linear(torch.randn(5, 32, dtype=torch.float64), w)
+    variance = weakref.ref(w.constant_variance)
+    vdo.LogUniform().expand([40, 32]).to_event(2).log_prob(w)
+    assert variance() is None
 
 
 def test_graph_of_a_pass_is_freed_without_the_garbage_collector() -> None:

@@ -221,6 +221,8 @@ def test_likelihood_of_the_batch_alone() -> None:
     x, y = data()
     with pytest.warns(UserWarning, match=r"likelihood of 'y' is that of one batch alone.*subsample_size=len\(x\)"):
         train_by_fit(None, vdo.TensorBatches(x, y, batch_size=BATCH))
+    with pytest.warns(UserWarning, match="that of one batch alone"):
+        train_by_fit(None, vdo.TensorBatches(x, y, batch_size=BATCH), kl_weight=vdo.kl_warmup(1, 5))
 
 
 def test_likelihoods_that_are_right_do_not_warn() -> None:

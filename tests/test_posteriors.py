@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pyro_vdo as vdo
+from pyro_vdo.numerics import fused
 from pyro_vdo.weights import GaussianWeight
 from tests.contract import undrawn
 
@@ -128,3 +129,26 @@ def test_pruned_weights_have_no_spread() -> None:
 def test_a_log_scale_alone_has_the_shape_of_the_mean() -> None:
     with pytest.raises(ValueError, match="of one shape"):
         vdo.FactorizedNormal(torch.zeros(3), log_scale=torch.zeros(2))
+
+
+@pytest.mark.parametrize("from_here_on_large", [2**4, 2**19])
+@pytest.mark.parametrize("shape", [(), (1,), (5, 1), (1, 6)])
+def test_parameters_that_weights_share_count_for_each(
+    shape: tuple[int, ...], from_here_on_large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_LARGE", from_here_on_large)
+    torch.manual_seed(0)
+    loc, log_scale = torch.randn(5, 6, dtype=torch.float64), torch.randn(shape, dtype=torch.float64) - 1
+    loc.requires_grad_(), log_scale.requires_grad_()
+    prior = vdo.LogUniform()
+    kept = (torch.rand(shape) < 0.5).expand(5, 6)
+    options: dict[str, Any]
+    for options in ({}, {"scale": log_scale.exp().expand(5, 6)}, {"kept": kept}):
+        mean = loc * kept if "kept" in options else loc
+        q = vdo.FactorizedNormal(mean, log_scale=log_scale.expand(5, 6), **options).to_event(2)
+        w = q.rsample()
+        found = q.log_prob(w) - prior.expand([5, 6]).to_event(2).log_prob(w)
+        expected = torch.distributions.kl_divergence(dist.Normal(mean, log_scale.exp()), prior).sum()
+        torch.testing.assert_close(found, expected)
+        gradients = torch.autograd.grad(found, (loc, log_scale), retain_graph=True)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, (loc, log_scale)))

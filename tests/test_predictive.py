@@ -120,11 +120,17 @@ def test_models_that_take_no_batches_of_samples_and_values_that_are_no_tensors_a
     net, x = vdo.to_bayesian(nn.Linear(3, 4), vdo.LogUniform()), torch.randn(5, 3)
 
     def model(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"mean": pyro.deterministic("mean", net(x).mean(0))}
+        outputs = net(x)
+        pyro.deterministic("total", outputs.sum())
+        return {"mean": pyro.deterministic("mean", outputs.mean(0))}
 
-    guide = vdo.AutoFactorizedNormal(model).setup(x)
+    guide = vdo.AutoFactorizedNormal(model, init_scale=0.1).setup(x)
     for sites, message in (
         (["mean"], "'mean' has shape (4,) in a single pass and (5, 4) with 3 samples at once. Let the model"),
+        (
+            ["total"],
+            "'total' has shape () in a single pass and () with 3 samples at once, which it mixes. Let the model",
+        ),
         (["_RETURN"], "'_RETURN' is of type dict, not a tensor"),
         (["means"], "the model has no sites ['means']"),
     ):

@@ -169,6 +169,15 @@ def test_a_mask_changed_in_place_is_noticed() -> None:
     assert bool((gradients["sites.0.weight.loc"] != 0).nonzero().tolist() == [[7, 11]])
 
 
+def test_masks_of_the_caller_stay_the_callers() -> None:
+    problem = Problem(*linear(), vdo.LogUniform())
+    problem.guide.unprune()
+    mask = torch.ones(8, 12, dtype=torch.bool)
+    problem.guide.keep({"0.weight": mask})
+    mask.fill_(False)
+    assert bool(problem.guide.sites.get_submodule("0.weight").kept.all())
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_pruning_and_predicting_in_inference_mode_leave_training_possible(before: bool) -> None:
     problem = Problem(*linear(), vdo.LogUniform())

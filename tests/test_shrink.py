@@ -169,6 +169,36 @@ def test_bayesian_biases_take_up_the_constants(make, keep_biases):
             assert bool(torch.isin(q.scale, scales).all())
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.a(x) + self.b(x)))
+
+
+@pytest.mark.parametrize("bias_of_silent", [0.5, 0.0])
+def test_biases_of_units_that_only_a_residual_feeds_are_told_by_their_values(bias_of_silent):
+    torch.manual_seed(0)
+    x, y, plain = torch.randn(16, 8), torch.randint(3, (16,)), Residual()
+    with torch.no_grad():
+        plain.a.bias[3], plain.a.bias[4] = 2 * bias_of_silent, bias_of_silent
+    net = vdo.to_bayesian(plain, vdo.LogUniform(), where=["a.weight", "b.weight", "c.weight", "a.bias"])
+    guide = vdo.AutoFactorizedNormal(model_of(net), init_scale=1e-4).setup(x, y)
+    masks = {name: torch.ones_like(q.loc, dtype=torch.bool) for name, q in guide.posteriors().items()}
+    masks["a.weight"][3:] = masks["b.weight"][0] = masks["b.weight"][5] = False
+    masks["a.weight"][0] = masks["c.weight"][:, 1] = False  # 0 and 5 are constants, nothing reads 1
+    guide.keep(masks)
+    smaller = shrink(net, guide, x)
+    left = smaller.sites["a.bias"]["loc"]
+    torch.testing.assert_close(left, guide.posteriors()["a.bias"].loc[2:5])
+    small_guide = vdo.AutoFactorizedNormal(model_of(smaller.net)).setup(x, y)
+    smaller.load_into(small_guide)
+    small, large = export(smaller.net, small_guide, "masked"), export(net, guide, "masked")
+    torch.testing.assert_close(small(x), large(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", [vdo.AutoGaussianDropout, vdo.AutoCorrelatedNormal])
 def test_posteriors_with_other_parameters_are_refused(family):
     net, guide, x, y = pruned(dense(), 0.6)

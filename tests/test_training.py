@@ -363,6 +363,7 @@ def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
         ({"resume": "always"}, "resume must be"),
         ({"resume": True}, "needs checkpoint"),
         ({"loss": JitTrace_ELBO(), "kl_weight": vdo.kl_warmup(), "epochs": 20}, "compiles the first step"),
+        ({"loss": JitTrace_ELBO(), "kl_weight": vdo.kl_warmup(0, 1), "epochs": 1}, "compiles the first step"),
     ],
 )
 def test_arguments_that_make_no_sense(options: dict[str, object], message: str) -> None:

@@ -127,6 +127,24 @@ def test_a_density_that_multiplies_matrices_draws_once_for_all() -> None:
     assert abs(found.mean() - exact.mean()) < 4.5 * exact.std() / samples**0.5
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda w: w.T, torch.clone, lambda w: 2 * w, lambda w: w / 2, torch.neg, lambda w: next(iter(w)), lambda w: w + 1],
+    ids=["view", "cast", "multiple", "fraction", "negative", "row", "shift"],
+)
+def test_what_draws_nothing_stays_undrawn_inside_of_a_density(change: Callable[[Tensor], Tensor]) -> None:
+    class Changed(dist.TorchDistribution):
+        support = dist.constraints.real
+        arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+
+        def log_prob(self, value: Tensor) -> Tensor:
+            return vdo.LogUniform().log_prob(change(value))
+
+    w = weight(4, 3)
+    torch.testing.assert_close(Changed(validate_args=False).log_prob(w), vdo.LogUniform().log_prob(change(w)))
+    assert w.variable.density_value is None
+
+
 def classifier(forward: Callable[[nn.Module, Tensor], Tensor], **options: Any) -> Callable[[], float]:
     class Network(nn.Module):
         def __init__(self) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -231,13 +230,3 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         return from_bytes(read_file(path))
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"checkpoint '{path}' cannot be loaded: {error}") from error
-
-
-def cpu_tensor(value: Any) -> Tensor:
-    """``value``, which must be a tensor.
-
-    :raises CheckpointError: if it is none.
-    """
-    if not isinstance(value, torch.Tensor):
-        raise CheckpointError(f"a tensor is missing where {type(value).__name__} was found")
-    return value

@@ -155,10 +155,7 @@ class Run(Resumable):
         """Warn where each step weighs one of several batches, as if it were all data, against the whole KL."""
         parts = zip(tree_leaves(before), tree_leaves(self._batch), strict=False)
         same = all(a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and _same(a, b)) for a, b in parts)
-        weighted = float(self.settings.kl_weight(self.settings.epochs - 1)) not in (
-            0.0,
-            1.0,
-        )  # the user has thought of it
+        weighted = float(self.settings.kl_weight(self.settings.epochs - 1)) not in (0.0, 1.0)  # by the user, for this
         for name in () if same or weighted else sorted(self._recorder.unscaled):
             warnings.warn(
                 f"fit: data has several batches, but the likelihood of '{name}' is that of one batch alone, "

@@ -79,6 +79,15 @@ def unrepeated(tensor: Tensor) -> Tensor:
     return tensor[tuple(slice(0, 1) if repeat else slice(None) for repeat in repeats)]
 
 
+def with_own_memory(tensor: Tensor, event_dim: int) -> Tensor:
+    """``tensor`` with its ``event_dim`` rightmost dimensions copied where they repeat; the others may go on to."""
+    lead, strides = tensor.dim() - event_dim, tensor.stride()
+    if 0 not in strides[lead:]:
+        return tensor
+    single = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides[:lead])]
+    return single.contiguous().expand(tensor.shape)
+
+
 def once(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """``function(tensor)`` for an elementwise function, computed once for elements that repeat."""
     single = unrepeated(tensor)

@@ -49,6 +49,8 @@ class Ledger:
         """``gradient`` in contiguous memory that may be written to; zeros for None."""
         if gradient is None:
             return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        if gradient.layout is not torch.strided:  # rows of an embedding
+            return gradient.to_dense()
         if gradient.data_ptr() in self.owned and gradient.is_contiguous():
             return gradient
         return gradient.clone(memory_format=torch.contiguous_format)
@@ -109,18 +111,20 @@ class _Join(Function):
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_scale: Tensor, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
         ctx.ledger = ledger
-        ctx.save_for_backward(loc, log_scale)
+        # Not saved for backward: a pass for the data alone would free them, and one for the KL may follow.
+        ctx.loc, ctx.log_scale = loc, log_scale
         ctx.set_materialize_grads(False)
         return loc.detach(), log_scale.detach(), loc.new_zeros(2)
 
     @staticmethod
     def backward(ctx: Any, dloc: Tensor | None, dlog_scale: Tensor | None, along: Tensor | None) -> Any:
         if along is None:
+            ctx.ledger.owned.clear()
             return dloc, dlog_scale, None
-        loc, log_scale = ctx.saved_tensors
+        loc, log_scale = ctx.loc, ctx.log_scale
         if torch.is_grad_enabled():  # a derivative of this derivative is wanted
             more = differentiable_gradients(loc, log_scale, *along.unbind())
-            return *(b if a is None else a + b for a, b in zip((dloc, dlog_scale), more, strict=True)), None
+            return *(b if a is None else b + a for a, b in zip((dloc, dlog_scale), more, strict=True)), None
         if dloc is None and dlog_scale is None:  # no data met the weight
             flat = both_gradients(loc.reshape(-1), log_scale.reshape(-1), None, ctx.ledger.by_variance, *along.split(1))
             return *(_compat.owned_view(gradient, loc.shape) for gradient in flat), None
@@ -138,8 +142,10 @@ class _TicketSums(Function):
         ctx: Any, ticket: Tensor, loc: Tensor, log_scale: Tensor, variance: Tensor | None, ledger: Ledger
     ) -> tuple[Tensor, Tensor]:
         kl, total, ledger.by_variance = both_sums(loc, log_scale, variance)
+        ctx.save_for_backward(loc, log_scale)
         return kl, total
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor) -> Any:
+        _ = ctx.saved_tensors  # raises where they have been changed in place since the forward pass
         return torch.stack(along), None, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,12 +72,6 @@ def _repeats(apply: Callable[[Tensor], Tensor], weight: GaussianWeight, loc: Ten
 
 def _repeated_dims(tensor: Tensor) -> int:
     return sum(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-@register_rule(Tensor.__iter__, exact=True)
-def iterate(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Iterator[GaussianWeight]:
-    """``for row in w``."""
-    return iter(args[0].unbind(0))
 
 
 @register_rule(*CASTS, exact=True)
