@@ -67,7 +67,9 @@ class TensorBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order = None
         if self.shuffle:
-            order = torch.randperm(self.num_examples, generator=self.generator).to(self.tensors[0].device)
+            where = "cpu" if self.generator is None else self.generator.device
+            order = torch.randperm(self.num_examples, generator=self.generator, device=where)
+            order = order.to(self.tensors[0].device)
         for at in range(len(self)):
             start, stop = at * self.batch_size, (at + 1) * self.batch_size
             if order is None:

@@ -77,13 +77,13 @@ class Variable:
     def _overlap(self, first: Places, second: Places) -> bool:
         if not (first and second):  # one of them is the whole
             return True
-        seen = torch.zeros(self.shape.numel(), dtype=torch.bool)
+        seen = torch.zeros(self.shape.numel(), dtype=torch.bool, device="cpu")
         seen[self.elements(first).reshape(-1)] = True
         return bool(seen[self.elements(second).reshape(-1)].any())
 
     def elements(self, places: Places) -> Tensor:
         """The number, in the variable, of each element of a part."""
-        numbers = torch.arange(self.shape.numel()).reshape(self.shape)
+        numbers = torch.arange(self.shape.numel(), device="cpu").reshape(self.shape)
         for place in places:
             numbers = place(numbers)
         return numbers

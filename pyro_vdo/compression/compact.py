@@ -121,7 +121,7 @@ def _cast(example: Any, dtype: torch.dtype) -> Any:
 def _noise(t: Tensor, generator: torch.Generator) -> Tensor:
     if not t.is_floating_point():
         return t
-    return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+    return torch.randn(t.shape, generator=generator, dtype=torch.float64, device=generator.device).to(t)
 
 
 # ------------------------------------------------------------------- nothing is removed yet, only set to zero
@@ -246,7 +246,7 @@ def _fold_convolution(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     size that has inner positions, which the example need not have.
     """
     if layer.groups > 1 or x.dim() != layer.weight.dim():
-        return torch.zeros(0, dtype=torch.long), x.new_zeros(layer.out_channels)
+        return torch.zeros(0, dtype=torch.long, device="cpu"), x.new_zeros(layer.out_channels)
     values = x[0].flatten(1)[:, 0]
     constant = (x == values.reshape(-1, *[1] * (x.dim() - 2))).transpose(0, 1).flatten(1).all(1)
     reach = [s + d * (k - 1) for s, d, k in zip(layer.stride, layer.dilation, layer.kernel_size, strict=True)]
@@ -260,7 +260,7 @@ def _fold_convolution(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         if (added - added[:, :1]).abs().max() <= 1e-12 * (1 + added.abs().max()):
             inputs.append(channel)
             total = total + added[:, 0]
-    return torch.tensor(inputs, dtype=torch.long), total
+    return torch.tensor(inputs, dtype=torch.long, device="cpu"), total
 
 
 @torch.no_grad()

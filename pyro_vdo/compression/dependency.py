@@ -57,7 +57,7 @@ class Unit:
 
     def read(self) -> Tensor:
         """For each output of the root whether anything reads it."""
-        result = torch.full((self.size,), self.blocked)
+        result = torch.full((self.size,), self.blocked, device="cpu")
         for layer, inputs, roots in self.consumers:
             result[roots[columns(layer).any(1).cpu()[inputs]]] = True
         return result
@@ -166,7 +166,7 @@ def read_unit(graph: Any, size: int, group: Any, free: set[int]) -> Unit:
     unit = Unit(size, False, [], [])
     for item in group:
         target = item.dep.target.module
-        index, roots = torch.tensor(item.idxs, dtype=torch.long), torch.tensor(item.root_idxs, dtype=torch.long)
+        index, roots = (torch.tensor(at, dtype=torch.long, device="cpu") for at in (item.idxs, item.root_idxs))
         if (
             isinstance(target, nn.Parameter)
             or not _is_harmless(item.dep.target, free)

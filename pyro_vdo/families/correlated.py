@@ -359,7 +359,7 @@ def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     # Only the row has a stride here: the view's dimension with one is the row, and there must be one of that length.
     shape, inputs = weight.shape, weight.shape[weight.row]
     strides = [int(dim == weight.row) for dim in range(len(shape))]
-    mark = apply(torch.empty(inputs).as_strided(shape, strides))
+    mark = apply(torch.empty(inputs, device=weight.device).as_strided(shape, strides))
     if not isinstance(mark, Tensor) or not _compat.is_view(mark) or mark.numel() > weight.numel():
         return NotImplemented
     rows = [dim for dim, size in enumerate(mark.shape) if size > 1 and mark.stride(dim) != 0]

@@ -60,7 +60,7 @@ class Segments:
 
 @functools.lru_cache(maxsize=16)
 def _segments(lengths: tuple[int, ...], device: torch.device) -> Segments:
-    counts = torch.tensor(lengths)  # on the CPU: a device would have to say how long the result is
+    counts = torch.tensor(lengths, device="cpu")  # on the CPU: a device would have to say how long the result is
     return Segments(counts.to(device), torch.repeat_interleave(counts).to(device))
 
 

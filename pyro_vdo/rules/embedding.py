@@ -54,9 +54,22 @@ def _lookup(index: Tensor, loc: Tensor, scale: Tensor, padding_idx: int | None) 
     if index.dim():
         points = torch.arange(index.shape[0], device=index.device).reshape(-1, *(1,) * (index.dim() - 1))
         keys = index + loc.shape[0] * points
-    unique, inverse = torch.unique(keys, return_inverse=True)
-    eps = torch.randn(unique.numel(), loc.shape[1], dtype=loc.dtype, device=loc.device)
-    return mean + std * eps[inverse]
+    count, number = _numbered(keys)
+    eps = torch.randn(count, loc.shape[1], dtype=loc.dtype, device=loc.device)
+    return mean + std * eps[number]
+
+
+def _numbered(keys: Tensor) -> tuple[int, Tensor]:
+    """A number for each key, the same for equal ones, and a count that all numbers are below."""
+    if keys.device.type == "cpu":
+        unique, inverse = torch.unique(keys, return_inverse=True)
+        return unique.numel(), inverse
+    # The number of different keys is what torch.unique makes a GPU wait for; there are at most as many as keys.
+    ordered, order = keys.reshape(-1).sort()
+    first = torch.ones_like(ordered)
+    first[1:] = ordered[1:] != ordered[:-1]
+    number = torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
+    return keys.numel(), number.reshape(keys.shape)
 
 
 @register_rule(F.embedding_bag)
@@ -95,14 +108,13 @@ def _row_uses(call: dict[str, Any], weight: GaussianWeight) -> tuple[int, Tensor
         bags = torch.searchsorted(offsets, torch.arange(index.numel(), device=index.device), right=True) - 1
     each = torch.ones_like(flat, dtype=weight.dtype) if each is None else each.reshape(-1)
     if padding_idx is not None:
-        keep = flat != padding_idx % vocabulary
-        bags, flat, each = bags[keep], flat[keep], each[keep]
-    if call["mode"] != "sum":  # mean, the default
-        sizes = torch.zeros(count, dtype=weight.dtype, device=weight.device).index_add_(0, bags, torch.ones_like(each))
-        each = each / sizes[bags]
-    keys, inverse = torch.unique(bags * vocabulary + flat, return_inverse=True)
-    factor = torch.zeros(keys.numel(), dtype=each.dtype, device=each.device).index_add(0, inverse, each).unsqueeze(1)
-    return count, keys % vocabulary, torch.div(keys, vocabulary, rounding_mode="floor"), factor
+        each = each * (flat != padding_idx % vocabulary)
+    if call["mode"] != "sum":  # mean, the default, for which each is 1, or 0 for padding
+        each = each / each.new_zeros(count).index_add_(0, bags, each).clamp_(min=1)[bags]
+    pairs, number = _numbered(bags * vocabulary + flat)
+    factor = each.new_zeros(pairs).index_add(0, number, each).unsqueeze(1)
+    row, bag = (part.new_zeros(pairs).scatter_(0, number, part) for part in (flat, bags))
+    return count, row, bag, factor
 
 
 def _refuse_norm(weight: GaussianWeight, max_norm: Any) -> None:

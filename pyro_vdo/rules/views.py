@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyro_vdo import _compat
 from pyro_vdo.local_reparam import Arguments, is_gaussian
@@ -42,13 +43,18 @@ def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     def apply(tensor: Tensor) -> Any:
         return func(tensor, *rest, **kwargs)
 
+    def place(numbers: Tensor) -> Any:  # which are on the CPU, where an index need not be
+        args, options = tree_map_only(Tensor, lambda leaf: leaf.to(numbers.device), (rest, kwargs))
+        return func(numbers, *args, **options)
+
     locs, scales = apply(weight.loc), apply(weight.scale)
     if isinstance(locs, Tensor):
         if func in _MAY_REPEAT and _repeats(apply, weight, locs):
             return NotImplemented
-        return _part(weight, locs, scales, apply)
+        return _part(weight, locs, scales, apply, place)
     return type(locs)(
-        _part(weight, loc, scale, _nth(apply, at)) for at, (loc, scale) in enumerate(zip(locs, scales, strict=True))
+        _part(weight, loc, scale, _nth(apply, at), _nth(place, at))
+        for at, (loc, scale) in enumerate(zip(locs, scales, strict=True))
     )
 
 
@@ -56,9 +62,15 @@ def _nth(apply: Callable[[Tensor], Any], at: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: apply(tensor)[at]
 
 
-def _part(weight: GaussianWeight, loc: Tensor, scale: Tensor, apply: Callable[[Tensor], Tensor]) -> GaussianWeight:
+def _part(
+    weight: GaussianWeight,
+    loc: Tensor,
+    scale: Tensor,
+    apply: Callable[[Tensor], Tensor],
+    place: Callable[[Tensor], Tensor],
+) -> GaussianWeight:
     event_dim = None if weight.event_dim is None else max(weight.event_dim + loc.dim() - weight.dim(), 0)
-    return weight.derived(loc, scale, apply, event_dim=event_dim, place=apply)
+    return weight.derived(loc, scale, apply, event_dim=event_dim, place=place)
 
 
 def _repeats(apply: Callable[[Tensor], Tensor], weight: GaussianWeight, loc: Tensor) -> bool:
