@@ -56,7 +56,8 @@ def to_bayesian(
 
     :param net: any module.
     :param prior: a prior over one weight, e.g. ``LogUniform()``, a :class:`HierarchicalNormal`, or a mapping to these
-        from parameter names (``"0.weight"``), module names (``"0"``), layer types (``nn.Linear``), tried in this order.
+        from parameter names (``"0.weight"``), module names (``"0"``, with all in it), layer types (``nn.Linear``),
+        tried in this order. What has none is not converted.
     :param where: which parameters: a list of parameter names, or a predicate ``(parameter name, module) -> bool`` over
         all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers).
     :param name: prefix of the site names, needed where one model calls several networks.
@@ -129,6 +130,8 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
     }
     chosen = _names(candidates, where)
     _check_keys(priors, candidates, net)
+    if where is None:
+        _check_used(priors, {name: candidates[name] for name in chosen}, net)
     _check_tied(net, chosen)
     result = {}
     for full_name in chosen:
@@ -161,7 +164,7 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
     if chosen and not result:
         raise ValueError(
             f"to_bayesian: the mapping of priors has none for {sorted(chosen)}; its keys are {list(priors)}; "
-            "parameter names, module names and layer types may be keys"
+            "parameter names, module names and layer types may be keys; nn.Module is for all others"
         )
     if not result:
         raise ValueError(
@@ -185,6 +188,25 @@ def _check_keys(priors: Mapping[Any, Prior], candidates: Iterable[str], net: nn.
         )
 
 
+def _check_used(priors: Mapping[Any, Prior], chosen: Mapping[str, tuple[str, nn.Module]], net: nn.Module) -> None:
+    """A key for parameters that are not converted by default: nobody would see that they stay as they are."""
+    names = {name for full_name, (path, _) in chosen.items() for name in (full_name, *_enclosing(path))}
+    kinds = {kind for _, module in chosen.values() for kind in type(module).__mro__}
+    present = {kind for module in net.modules() if module._parameters for kind in type(module).__mro__}
+    idle = [key for key in priors if key not in names | kinds and (isinstance(key, str) or key in present)]
+    if chosen and idle:
+        raise ValueError(
+            f"to_bayesian: the priors for {idle} are for parameters that are not converted by default, as these are: "
+            f"{sorted(chosen)}. Give where: a list of all names to convert, or a function of name and module."
+        )
+
+
+def _enclosing(path: str) -> list[str]:
+    """A module and the modules that it lies in, from the inside."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
+
+
 def _names(candidates: Mapping[str, tuple[str, nn.Module]], where: Any) -> list[str]:
     if where is None:
         return [n for n, (_, m) in candidates.items() if isinstance(m, LAYERS) and n.rpartition(".")[2] == "weight"]
@@ -203,7 +225,7 @@ def _names(candidates: Mapping[str, tuple[str, nn.Module]], where: Any) -> list[
 
 
 def _prior_for(full_name: str, path: str, module: nn.Module, priors: Mapping[Any, Prior]) -> Prior | None:
-    for key in (full_name, path):
+    for key in (full_name, *_enclosing(path)):
         if key in priors:
             return priors[key]
     for kind in type(module).__mro__:

@@ -114,6 +114,24 @@ def test_priors_by_name_module_and_type() -> None:
     assert set(bayesian_weights(net)) == {"stem.weight"}
 
 
+def test_the_name_of_a_module_gives_its_prior_to_all_in_it() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2))))
+    priors = {"1": dist.Normal(0.0, 2.0), "1.1": dist.Normal(0.0, 3.0), nn.Linear: dist.Normal(0.0, 1.0)}
+    trace = pyro.poutine.trace(vdo.to_bayesian(net, priors)).get_trace(torch.zeros(1, 3))
+    sites = ("0.weight", "1.0.weight", "1.1.0.weight")
+    assert [trace.nodes[site]["fn"].base_dist.scale.max().item() for site in sites] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("key", ["0.bias", "1", nn.BatchNorm1d])
+def test_a_prior_for_what_is_not_converted_is_refused(key: Any) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    priors = {nn.Linear: vdo.LogUniform(), nn.Conv2d: vdo.LogUniform(), key: dist.Normal(0.0, 1.0)}
+    with pytest.raises(ValueError, match=r"not converted by default, as these are: \['0.weight'\]. Give where"):
+        vdo.to_bayesian(net, priors)
+    everything = vdo.to_bayesian(net, priors, where=lambda name, module: True)
+    assert set(dict(everything.named_buffers())) - set(dict(net.named_buffers())) > {"0.weight"}
+
+
 def test_prior_parameters_follow_the_dtype() -> None:
     net = vdo.to_bayesian(nn.Linear(3, 2).double(), dist.Normal(torch.tensor(0.0), torch.tensor(2.0)))
     guide = fit(net, X.double())
