@@ -9,7 +9,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoGuideList
 from torch import nn
 
 import pyro_vdo as vdo
@@ -216,6 +218,18 @@ def test_guide_of_a_site_written_by_hand():
     q = vdo.unit_posteriors(guide)["theta"]
     assert (q.a, q.b, q.batch_shape) == (-3.0, 1.0, (4,))
     torch.testing.assert_close(q.loc, torch.ones(4))  # starts at the upper end: no damping
+
+
+def test_units_of_a_list_of_guides():
+    bayesian = vdo.to_bayesian(vdo.add_unit_noise(mlp()), {vdo.UnitNoise: vdo.TruncatedLogUniform()})
+    model, x, y = classifier(bayesian), torch.randn(4, 5), torch.zeros(4).long()
+    guides = AutoGuideList(model)
+    for name in ("0.noise.weight", "2.noise.weight"):
+        guides.append(vdo.AutoFactorizedNormal(poutine.block(model, expose=[name])))
+    row = vdo.fit(model, guides, [(x, y)], epochs=1, progress=False)[-1]
+    assert {name: len(mask) for name, mask in vdo.unit_masks(guides).items()} == {
+        "0.noise.weight": 8, "2.noise.weight": 6}  # fmt: skip
+    assert (row["units_0.noise.weight"], row["units_2.noise.weight"]) == (8, 6)
 
 
 def test_unit_functions_need_a_guide_of_this_package():
