@@ -352,14 +352,21 @@ class BayesianNorm(BayesianModule):
                 f"{x.shape[0]} samples of the weights: it would take them for data points. Draw one after another: "
                 "Predictive(..., parallel=False), Trace_ELBO(vectorize_particles=False)."
             )
-        if self.training and getattr(self, "track_running_stats", False) and _compat.predictions_are_made():
+        learns = self.training and getattr(self, "track_running_stats", False)
+        found = {}
+        if learns and _compat.sites_are_learned():  # no step: statistics that were loaded before stay as they are
+            found = {name: value.clone() for name, value in self._buffers.items() if value is not None}
+        if learns and _compat.predictions_are_made():
             warnings.warn(
                 f"{kind} '{self._pyro_name}' is in training mode while predictions are made: they depend on the batch, "
                 "and they change its running statistics. Call net.eval() first (guide.eval() does not reach the net).",
                 UserWarning,
                 stacklevel=2,
             )
-        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        result = super().forward(x, *args, **kwargs)
+        for name, value in found.items():
+            self._buffers[name].copy_(value)  # type: ignore[union-attr]
+        return result  # type: ignore[no-any-return]
 
 
 class PaddedEmbedding(nn.Embedding):

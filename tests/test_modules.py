@@ -467,6 +467,19 @@ def test_compiled_networks_are_refused() -> None:
         vdo.to_bayesian(part, vdo.LogUniform())
 
 
+@pytest.mark.parametrize("kind", [vdo.AutoFactorizedNormal, AutoNormal])
+def test_the_first_pass_of_a_guide_leaves_loaded_statistics_alone(kind: Any) -> None:
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    plain(X)
+    net = vdo.to_bayesian(plain, vdo.LogUniform())
+    guide = kind(net, init_loc_fn=vdo.init_to_pretrained)
+    guide._setup_prototype(X)
+    buffers = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+    assert all(torch.equal(net.get_buffer(name), plain.get_buffer(name)) for name in buffers)
+    poutine.replay(net, trace=poutine.trace(guide).get_trace(X))(X)
+    assert not any(torch.equal(net.get_buffer(name), plain.get_buffer(name)) for name in buffers)
+
+
 def test_priors_by_module_object_are_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="by parameter name, module name or layer type, not by"):
