@@ -153,11 +153,10 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
             )
         prior = _prior_for(full_name, path, module, priors)
         if prior is not None:
-            if isinstance(prior, Distribution) and (
-                tuple(prior.batch_shape) + tuple(prior.event_shape) not in ((), tuple(param.shape))
-            ):
+            shape = tuple(prior.batch_shape + prior.event_shape) if isinstance(prior, Distribution) else ()
+            if shape not in ((), tuple(param.shape)):
                 raise ValueError(
-                    f"to_bayesian: the prior for '{full_name}' has shape {tuple(prior.batch_shape)}, the weight "
+                    f"to_bayesian: the prior for '{full_name}' has shape {shape}, the weight "
                     f"{tuple(param.shape)}; give the prior of one weight, without expand and to_event"
                 )
             result[full_name] = prior

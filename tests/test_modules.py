@@ -240,6 +240,9 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "tied": (tied(), {}, r"'0\.weight' and '2\.weight' are one tied parameter"),
     "lazy": (nn.LazyLinear(2), {}, r"'weight' is lazy; run the network once"),
     "max_norm": (nn.Embedding(5, 2, max_norm=1.0), {}, r"'weight'.*max_norm=1\.0.*without max_norm"),
+    "prior of an event": (
+        nn.Linear(3, 2), {"prior": dist.Normal(0.0, 1.0).expand([7]).to_event(1)}, r"for 'weight' has shape \(7,\)"
+    ),
     "expanded prior": (nn.Linear(3, 2), {"prior": vdo.LogUniform().expand([7])}, r"for 'weight' has shape \(7,\)"),
     "integers": (
         nn.ParameterDict({"n": nn.Parameter(torch.ones(2, dtype=torch.long), requires_grad=False)}),

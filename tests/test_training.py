@@ -360,6 +360,7 @@ def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
         ({"epochs": 2.5}, "epochs must be positive and whole"),
         ({"lr_schedule": -1.0}, "lr_schedule must be >= 0"),
         ({"validate": iter([])}, "validate is an iterator"),
+        ({"validate": data()}, "validate must be an iterable of batches, not the tensors themselves"),
         ({"validate": []}, "validate gave no batches in epoch 1"),
         ({"resume": "always"}, "resume must be"),
         ({"resume": True}, "needs checkpoint"),
