@@ -59,7 +59,8 @@ def to_bayesian(
         from parameter names (``"0.weight"``), module names (``"0"``, with all in it), layer types (``nn.Linear``),
         tried in this order. What has none is not converted.
     :param where: which parameters: a list of parameter names, or a predicate ``(parameter name, module) -> bool`` over
-        all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers).
+        all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers, no recurrent
+        layers; of attention ``out_proj`` alone, so name its ``in_proj_weight``).
     :param name: prefix of the site names, needed where one model calls several networks.
     :raises TypeError: if ``net`` is no module, ``prior`` no distribution, or ``where`` neither names nor a function.
     :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), compiled

@@ -221,15 +221,25 @@ def test_guide_of_a_site_written_by_hand():
 
 
 def test_units_of_a_list_of_guides():
-    bayesian = vdo.to_bayesian(vdo.add_unit_noise(mlp()), {vdo.UnitNoise: vdo.TruncatedLogUniform()})
+    noisy = vdo.add_unit_noise(mlp())
+    bayesian = vdo.to_bayesian(noisy, {vdo.UnitNoise: vdo.TruncatedLogUniform()})
     model, x, y = classifier(bayesian), torch.randn(4, 5), torch.zeros(4).long()
     guides = AutoGuideList(model)
     for name in ("0.noise.weight", "2.noise.weight"):
-        guides.append(vdo.AutoFactorizedNormal(poutine.block(model, expose=[name])))
+        part = vdo.AutoFactorizedNormal(poutine.block(model, expose=[name]), init_scale=1.0).setup(x, y)
+        with torch.no_grad():
+            dict(part.named_parameters())[f"sites.{name}.loc"].copy_(torch.linspace(-30, 0, len(part.median()[name])))
+        guides.append(part)
+    for name, scales in vdo.unit_scales(guides).items():
+        assert 0 < int((scales == 0).sum()) < len(scales)
+        noisy.get_parameter(name).data.copy_(scales)
+    torch.testing.assert_close(vdo.export(bayesian, guides)(x), noisy(x))
+    three = vdo.predict_three_ways(bayesian, guides, [(x, y)], lambda p, _: p, link=lambda out: out, num_samples=2)
+    torch.testing.assert_close(three["pruned mean"], noisy(x))
+    assert not torch.equal(three["average of samples"], three["unpruned mean"])
     row = vdo.fit(model, guides, [(x, y)], epochs=1, progress=False)[-1]
-    assert {name: len(mask) for name, mask in vdo.unit_masks(guides).items()} == {
-        "0.noise.weight": 8, "2.noise.weight": 6}  # fmt: skip
-    assert (row["units_0.noise.weight"], row["units_2.noise.weight"]) == (8, 6)
+    kept = {f"units_{name}": int(mask.sum()) for name, mask in vdo.unit_masks(guides).items()}
+    assert kept == {name: row[name] for name in ("units_0.noise.weight", "units_2.noise.weight")}
 
 
 def test_unit_functions_need_a_guide_of_this_package():

@@ -156,7 +156,7 @@ def unit_posteriors(guide: Any) -> dict[str, TruncatedLogNormal]:
     :raises TypeError: for a guide of another package.
     """
     if isinstance(guide, AutoGuideList):
-        parts = [part for part in guide if hasattr(part, "site_posterior")]
+        parts = [part for part in guide if isinstance(part, AutoGuideList) or hasattr(part, "site_posterior")]
         return {name: q for part in parts for name, q in unit_posteriors(part).items()}
     if not hasattr(guide, "site_posterior"):
         raise TypeError(f"unit_posteriors needs a guide such as AutoFactorizedNormal, not {type(guide).__name__}")
