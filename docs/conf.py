@@ -43,7 +43,12 @@ def rooms() -> dict[str, list[str]]:
             found.setdefault(value.__name__, []).extend(public_names(value))
         else:
             found.setdefault(value.__module__, []).append(name)
-    return dict(sorted(found.items(), key=lambda item: _ORDER.index(item[0]) if item[0] in _ORDER else len(_ORDER)))
+    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+
+
+def _place(room: str) -> int:
+    name = room.rpartition(".")[2]
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
 def public_names(module: ModuleType) -> list[str]:
@@ -57,23 +62,10 @@ def public_names(module: ModuleType) -> list[str]:
 
 # the order in which a user meets them; others follow
 _ORDER = [
-    f"pyro_vdo.{room}"
-    for room in (
-        *(
-            "modules",
-            "priors",
-            "scale_mixtures",
-            "structured",
-            "guides",
-            "gaussian_dropout",
-            "handlers",
-            "training",
-            "run",
-        ),
-        *("history", "batches", "schedules", "objective", "checkpoint", "relevance", "export", "compact", "storage"),
-        *("io_arviz", "weight_table", "diagnostics", "plots", "units", "noise", "dropout", "multiplicative"),
-        *("posteriors", "weights", "local_reparam"),
-    )
+    *("modules", "priors", "hierarchical", "scale_mixtures", "structured", "guides", "correlated_guide"),
+    *("gaussian_dropout", "handlers", "training", "run", "history", "batches", "schedules", "objective", "checkpoint"),
+    *("relevance", "export", "compact", "storage", "predictive", "io_arviz", "weight_table", "diagnostics", "plots"),
+    *("units", "noise", "dropout", "multiplicative", "posteriors", "weights", "local_reparam"),
 ]
 
 

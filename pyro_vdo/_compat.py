@@ -333,6 +333,11 @@ def predictions_are_made() -> bool:
     return _is_called_by(PREDICTING)
 
 
+def sites_are_learned() -> bool:
+    """True inside of the first pass of a guide, which only tells it the sites of the model."""
+    return _is_called_by({_SETUP})
+
+
 def particle_sizes() -> list[int]:
     """Sizes of the active plates of particles, which inference algorithms put around model and guide."""
     return [frame.size for frame in data_plates(particles=True)]

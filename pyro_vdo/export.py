@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuideList
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -184,7 +185,7 @@ def pruned_means(
         raise ValueError(f"export: masks are given for {unknown}; the sites of the network are {sorted(sites)}")
     posteriors = relevance_of.posteriors(guide)
     by_threshold = relevance_of.masks(guide, threshold)
-    scales = unit_scales(guide) if hasattr(guide, "site_posterior") else {}
+    scales = unit_scales(guide) if _knows_units(guide) else {}
     means = _means(sites, guide, posteriors)
     result = {}
     for site in sites:
@@ -197,8 +198,12 @@ def pruned_means(
     return result
 
 
+def _knows_units(guide: Any) -> bool:
+    return hasattr(guide, "site_posterior") or isinstance(guide, AutoGuideList)
+
+
 def _means(sites: Iterable[str], guide: Any, posteriors: Mapping[str, Any]) -> dict[str, Tensor]:
-    units = unit_posteriors(guide) if hasattr(guide, "site_posterior") else {}
+    units = unit_posteriors(guide) if _knows_units(guide) else {}
     known = {site: q.mean.detach() for site, q in {**units, **posteriors}.items()}
     missing = sorted(set(sites) - known.keys())
     if missing and hasattr(guide, "median"):
@@ -327,7 +332,15 @@ def accuracy(predictions: Tensor, targets: Tensor) -> float:
 
 
 def class_probabilities(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension."""
+    """Softmax over the last dimension.
+
+    :raises ValueError: for a single output, of which it would always be 1.
+    """
+    if logits.shape[-1:] == (1,):
+        raise ValueError(
+            "predict_three_ways: the network has one output, which is no logits of classes. Pass link=..., for a "
+            "regression lambda mean: mean, for the logit of two classes lambda z: torch.cat([-z, z], -1).sigmoid()"
+        )
     return logits.softmax(-1)
 
 
@@ -354,7 +367,8 @@ def predict_three_ways(
         class probabilities. For a regression pass ``lambda mean: mean``.
     :param num_samples: posterior samples of all weights, the same ones for all data.
     :returns: the metric by ``"pruned mean"``, ``"unpruned mean"`` and ``"average of samples"``.
-    :raises ValueError: if there is no data or ``num_samples`` < 1; see :func:`export` for others.
+    :raises ValueError: if there is no data or ``num_samples`` < 1, or for a single output without ``link``; see
+        :func:`export` for others.
     """
     if num_samples < 1:
         raise ValueError(f"predict_three_ways: num_samples must be at least 1, not {num_samples}")
@@ -370,7 +384,7 @@ def predict_three_ways(
 
     result = {"pruned mean": metric(predictions(), targets)}
     posteriors = relevance_of.posteriors(guide)
-    units = unit_posteriors(guide) if hasattr(guide, "site_posterior") else {}
+    units = unit_posteriors(guide) if _knows_units(guide) else {}
     means = _means(sites.values(), guide, posteriors)
     _assign(plain, _by_name(sites, means))
     result["unpruned mean"] = metric(predictions(), targets)

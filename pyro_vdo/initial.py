@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def init_to_pretrained(site: Any = None, *, fallback: Init = init_to_median) -> 
         Normal(0, 1/fan_in) noise, since there is nothing to sample from.
     """
     if site is None:
-        return lambda site: init_to_pretrained(site, fallback=fallback)
+        return partial(init_to_pretrained, fallback=fallback)
     pretrained = getattr(site["fn"], "pretrained", None)
     shape = site["fn"].shape()
     if pretrained is not None and pretrained.shape == shape:

@@ -49,7 +49,7 @@ def from_pyro_svi(
     """Draw from the posterior that ``SVI`` has fitted, and hand it to ArviZ.
 
     Groups: ``posterior`` (latent and deterministic sites), ``posterior_predictive``, ``log_likelihood`` (by data point,
-    not scaled by subsampling), ``observed_data``, ``constant_data``, ``sample_stats`` and ``variational``.
+    not scaled by subsampling, in float64), ``observed_data``, ``constant_data``, ``sample_stats`` and ``variational``.
     ``sample_stats`` has ``lp`` = log p(data, latent) and ``log_q``, scaled by plates as in the ELBO, and, unless the
     model only predicts, ``log_weight`` = lp - log_q. Where a prior is improper (``LogUniform``,
     ``EmpiricalBayesNormal`` at real numbers), lp lacks a meaningful constant and has poles at w = 0;
@@ -271,8 +271,8 @@ class _Converter:
 
     def _dtype(self, group: str, name: str) -> Any:
         dtype = self.sites[name].dtype
-        if group == "log_likelihood":
-            dtype = self.samplers[0].dtypes[name]
+        if group == "log_likelihood":  # whose exponentials ArviZ takes: all the same near 0 in float32, and LOO is nan
+            dtype = torch.float64
         elif group == "posterior_predictive":
             dtype = self.samplers[0].predicted_dtype(name)
         return array_of(torch.empty((), dtype=dtype)).dtype

@@ -56,9 +56,11 @@ def to_bayesian(
 
     :param net: any module.
     :param prior: a prior over one weight, e.g. ``LogUniform()``, a :class:`HierarchicalNormal`, or a mapping to these
-        from parameter names (``"0.weight"``), module names (``"0"``), layer types (``nn.Linear``), tried in this order.
+        from parameter names (``"0.weight"``), module names (``"0"``, with all in it), layer types (``nn.Linear``),
+        tried in this order. What has none is not converted.
     :param where: which parameters: a list of parameter names, or a predicate ``(parameter name, module) -> bool`` over
-        all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers).
+        all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers, no recurrent
+        layers; of attention ``out_proj`` alone, so name its ``in_proj_weight``).
     :param name: prefix of the site names, needed where one model calls several networks.
     :raises TypeError: if ``net`` is no module, ``prior`` no distribution, or ``where`` neither names nor a function.
     :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), compiled
@@ -129,6 +131,8 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
     }
     chosen = _names(candidates, where)
     _check_keys(priors, candidates, net)
+    if where is None:
+        _check_used(priors, {name: candidates[name] for name in chosen}, net)
     _check_tied(net, chosen)
     result = {}
     for full_name in chosen:
@@ -141,7 +145,7 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
     if chosen and not result:
         raise ValueError(
             f"to_bayesian: the mapping of priors has none for {sorted(chosen)}; its keys are {list(priors)}; "
-            "parameter names, module names and layer types may be keys"
+            "parameter names, module names and layer types may be keys; nn.Module is for all others"
         )
     if not result:
         raise ValueError(
@@ -171,11 +175,12 @@ def _check_weight(full_name: str, module: nn.Module) -> None:
 
 
 def _check_shape(full_name: str, module: nn.Module, prior: Prior) -> None:
-    shape = tuple(module.get_parameter(full_name.rpartition(".")[2]).shape)
-    if isinstance(prior, Distribution) and tuple(prior.batch_shape) + tuple(prior.event_shape) not in ((), shape):
+    shape = tuple(prior.batch_shape + prior.event_shape) if isinstance(prior, Distribution) else ()
+    own = tuple(module.get_parameter(full_name.rpartition(".")[2]).shape)
+    if shape not in ((), own):
         raise ValueError(
-            f"to_bayesian: the prior for '{full_name}' has shape {tuple(prior.batch_shape)}, the weight {shape}; give "
-            "the prior of one weight, without expand and to_event"
+            f"to_bayesian: the prior for '{full_name}' has shape {shape}, the weight {own}; give the prior of one "
+            "weight, without expand and to_event"
         )
 
 
@@ -190,6 +195,25 @@ def _check_keys(priors: Mapping[Any, Prior], candidates: Iterable[str], net: nn.
             f"to_bayesian: prior names {unknown}, which are neither parameters nor modules; the parameters are "
             f"{sorted(candidates)}"
         )
+
+
+def _check_used(priors: Mapping[Any, Prior], chosen: Mapping[str, tuple[str, nn.Module]], net: nn.Module) -> None:
+    """A key for parameters that are not converted by default: nobody would see that they stay as they are."""
+    names = {name for full_name, (path, _) in chosen.items() for name in (full_name, *_enclosing(path))}
+    kinds = {kind for _, module in chosen.values() for kind in type(module).__mro__}
+    present = {kind for module in net.modules() if module._parameters for kind in type(module).__mro__}
+    idle = [key for key in priors if key not in names | kinds and (isinstance(key, str) or key in present)]
+    if chosen and idle:
+        raise ValueError(
+            f"to_bayesian: the priors for {idle} are for parameters that are not converted by default, as these are: "
+            f"{sorted(chosen)}. Give where: a list of all names to convert, or a function of name and module."
+        )
+
+
+def _enclosing(path: str) -> list[str]:
+    """A module and the modules that it lies in, from the inside."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
 
 
 def _names(candidates: Mapping[str, tuple[str, nn.Module]], where: Any) -> list[str]:
@@ -210,7 +234,7 @@ def _names(candidates: Mapping[str, tuple[str, nn.Module]], where: Any) -> list[
 
 
 def _prior_for(full_name: str, path: str, module: nn.Module, priors: Mapping[Any, Prior]) -> Prior | None:
-    for key in (full_name, path):
+    for key in (full_name, *_enclosing(path)):
         if key in priors:
             return priors[key]
     for kind in type(module).__mro__:
@@ -337,14 +361,21 @@ class BayesianNorm(BayesianModule):
                 f"{x.shape[0]} samples of the weights: it would take them for data points. Draw one after another: "
                 "Predictive(..., parallel=False), Trace_ELBO(vectorize_particles=False)."
             )
-        if self.training and getattr(self, "track_running_stats", False) and _compat.predictions_are_made():
+        learns = self.training and getattr(self, "track_running_stats", False)
+        found = {}
+        if learns and _compat.sites_are_learned():  # no step: statistics that were loaded before stay as they are
+            found = {name: value.clone() for name, value in self._buffers.items() if value is not None}
+        if learns and _compat.predictions_are_made():
             warnings.warn(
                 f"{kind} '{self._pyro_name}' is in training mode while predictions are made: they depend on the batch, "
                 "and they change its running statistics. Call net.eval() first (guide.eval() does not reach the net).",
                 UserWarning,
                 stacklevel=2,
             )
-        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        result = super().forward(x, *args, **kwargs)
+        for name, value in found.items():
+            self._buffers[name].copy_(value)  # type: ignore[union-attr]
+        return result  # type: ignore[no-any-return]
 
 
 class PaddedEmbedding(nn.Embedding):

@@ -15,6 +15,10 @@ from pyro_vdo import _compat
 from pyro_vdo.numerics.moments import REMEMBERED, Moments
 
 _PLATE = "_pyro_vdo_predictions"
+_BATCHES = (
+    "Let the model take dimensions of samples on the left (count dimensions from the right, as in x.mean(-1)), or take "
+    "Predictive(model, guide=guide, num_samples=...)."
+)
 
 
 class LocalPredictive:
@@ -120,6 +124,11 @@ class LocalPredictive:
                 "in return_sites (pyro.deterministic makes one of any tensor)"
             )
         if _is_sampled(site):
+            if value.dim() - site["fn"].event_dim > 1 + nesting:
+                raise ValueError(
+                    f"LocalPredictive: '{name}' has shape {tuple(value.shape)} with {size} samples at once, which are "
+                    f"dimension {-1 - nesting} of its batch. {_BATCHES}"
+                )
             own = max((-frame.dim for frame in site["cond_indep_stack"] if frame.name != _PLATE), default=0)
             return value.expand(size, *value.shape[1:]).reshape(size, *value.shape[1 + nesting - own :])
         alone = single[1].nodes[name]["value"]  # only a single pass tells which dimensions are its own
@@ -131,9 +140,7 @@ class LocalPredictive:
             return value.reshape(shape).expand(size, *shape)  # no draw has touched it
         raise ValueError(
             f"LocalPredictive: '{name}' has shape {tuple(shape)} in a single pass and {tuple(value.shape)} with {size} "
-            f"samples at once{', which it mixes' * of_one}. Let the model take dimensions of samples on the left "
-            "(count dimensions from the right, as in x.mean(-1)), or take Predictive(model, guide=guide, "
-            "num_samples=...)."
+            f"samples at once{', which it mixes' * of_one}. {_BATCHES}"
         )
 
 

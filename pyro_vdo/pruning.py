@@ -36,9 +36,12 @@ class Prunable:
         its density at 0 for each, a constant while its parameters are fixed. ``HierarchicalNormal`` learns a scale.
 
         :returns: the masks, True for the weights that are kept, by site.
+        :raises TypeError: for a threshold that is not a number.
         :raises ValueError: for a threshold that is nan.
         :raises RuntimeError: before the guide has parameters.
         """
+        if isinstance(threshold, Mapping):
+            raise TypeError("prune: the threshold is one number; one by site: guide.keep(masks(guide, {site: 2.0}))")
         if threshold != threshold:
             raise ValueError("prune: the threshold is nan; weights with log alpha >= threshold are pruned")
         return self.keep({name: q.log_alpha < threshold for name, q in self._prunable().items()})

@@ -98,6 +98,7 @@ def fit(
     :raises ValueError: for arguments and data that make no sense; the message names them.
     """
     _check_data(data, epochs)
+    _refuse_tensors(validate, "validate")
     if isinstance(validate, Iterator):
         raise ValueError(
             "fit: validate is an iterator, which is empty after one validation. Give a list or a DataLoader."
@@ -161,14 +162,18 @@ def _check(settings: Settings, guide: Any) -> None:
         )
 
 
-def _check_data(data: Any, epochs: int) -> None:
-    """Refuse the likeliest mistakes in ``data``."""
+def _refuse_tensors(data: Any, name: str) -> None:
     tensors = isinstance(data, tuple) and len(data) > 0 and all(isinstance(part, Tensor) for part in data)
     if isinstance(data, Tensor) or tensors:
         raise ValueError(
-            "fit: data must be an iterable of batches, not the tensors themselves. Write "
+            f"fit: {name} must be an iterable of batches, not the tensors themselves. Write "
             "TensorBatches(x, y, batch_size=100), or [(x, y)] for one batch with all data."
         )
+
+
+def _check_data(data: Any, epochs: int) -> None:
+    """Refuse the likeliest mistakes in ``data``."""
+    _refuse_tensors(data, "data")
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise ValueError("fit: data is a Dataset, which gives single examples. Wrap it in torch.utils.data.DataLoader")
     if not callable(data) and not isinstance(data, Iterable):

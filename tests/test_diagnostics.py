@@ -121,6 +121,23 @@ def test_loo_against_the_exact_value() -> None:
     assert np.asarray(result.pareto_k).shape == (25,)
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")
+def test_loo_of_a_classifier_that_is_nearly_sure() -> None:
+    """In float32 the tail of the weights of such a point is one number."""
+    torch.manual_seed(0)
+    logits = torch.linspace(0.0, 30.0, 40)
+
+    def model(y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(1.0, 0.1))
+        with pyro.plate("data", 40):
+            pyro.sample("y", dist.Bernoulli(logits=w * logits), obs=y)
+
+    guide = vdo.AutoFactorizedNormal(model, init_scale=0.1).setup(torch.ones(40))
+    idata = vdo.from_pyro_svi(model, guide, torch.ones(40), num_samples=200, seed=0)
+    values = _arviz.group(idata, "log_likelihood")["y"].values[0]
+    assert elpd(diagnostics.loo(idata)) == pytest.approx(-np.log(np.exp(-values).mean(0)).sum(), rel=0.05)
+
+
 def test_loo_is_corrected_for_a_guide_that_is_off() -> None:
     """One standard deviation off, LOO of the approximation is wrong; carried over to the posterior it is right."""
     case = Conjugate(offset=1.0, draws=40_000)

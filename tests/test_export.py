@@ -455,3 +455,10 @@ def test_export_leaves_the_parameter_store_alone() -> None:
     names = set(pyro.get_param_store().keys())
     export(bayes, guide, "compact", example_inputs=images())
     assert set(pyro.get_param_store().keys()) == names
+
+
+def test_three_ways_need_a_link_for_one_output() -> None:
+    bayes, guide = bayesian(nn.Linear(3, 1), torch.zeros(1, 3))
+    data = [(torch.randn(4, 3), torch.zeros(4))]
+    with pytest.raises(ValueError, match=r"one output.*for a regression lambda mean: mean"):
+        predict_three_ways(bayes, guide, data, lambda p, y: (p.squeeze(-1) - y).square().mean())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
-from pyro.infer.autoguide import init_to_value
+from pyro.infer.autoguide import AutoNormal, init_to_value
 
+import pyro_vdo as vdo
 from tests.classifier import Setup, X, Y, plain_network
 
 
@@ -48,3 +50,11 @@ def test_initial_values_that_are_not_finite() -> None:
         plain[2].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"weight '2\.weight' of the network is not finite"):
         Setup(plain).guide.setup(X, Y)
+
+
+def test_an_init_function_can_be_pickled_with_the_guide() -> None:
+    init = pickle.loads(pickle.dumps(vdo.init_to_pretrained()))
+    run = Setup(plain_network())
+    guide = AutoNormal(run.model, init_loc_fn=init)
+    guide(X, Y)
+    torch.testing.assert_close(guide.median(X, Y)["0.weight"], run.guide.setup(X, Y).median()["0.weight"])

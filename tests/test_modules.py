@@ -114,6 +114,24 @@ def test_priors_by_name_module_and_type() -> None:
     assert set(bayesian_weights(net)) == {"stem.weight"}
 
 
+def test_the_name_of_a_module_gives_its_prior_to_all_in_it() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2))))
+    priors = {"1": dist.Normal(0.0, 2.0), "1.1": dist.Normal(0.0, 3.0), nn.Linear: dist.Normal(0.0, 1.0)}
+    trace = pyro.poutine.trace(vdo.to_bayesian(net, priors)).get_trace(torch.zeros(1, 3))
+    sites = ("0.weight", "1.0.weight", "1.1.0.weight")
+    assert [trace.nodes[site]["fn"].base_dist.scale.max().item() for site in sites] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("key", ["0.bias", "1", nn.BatchNorm1d])
+def test_a_prior_for_what_is_not_converted_is_refused(key: Any) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    priors = {nn.Linear: vdo.LogUniform(), nn.Conv2d: vdo.LogUniform(), key: dist.Normal(0.0, 1.0)}
+    with pytest.raises(ValueError, match=r"not converted by default, as these are: \['0.weight'\]. Give where"):
+        vdo.to_bayesian(net, priors)
+    everything = vdo.to_bayesian(net, priors, where=lambda name, module: True)
+    assert set(dict(everything.named_buffers())) - set(dict(net.named_buffers())) > {"0.weight"}
+
+
 def test_prior_parameters_follow_the_dtype() -> None:
     net = vdo.to_bayesian(nn.Linear(3, 2).double(), dist.Normal(torch.tensor(0.0), torch.tensor(2.0)))
     guide = fit(net, X.double())
@@ -222,6 +240,9 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "tied": (tied(), {}, r"'0\.weight' and '2\.weight' are one tied parameter"),
     "lazy": (nn.LazyLinear(2), {}, r"'weight' is lazy; run the network once"),
     "max_norm": (nn.Embedding(5, 2, max_norm=1.0), {}, r"'weight'.*max_norm=1\.0.*without max_norm"),
+    "prior of an event": (
+        nn.Linear(3, 2), {"prior": dist.Normal(0.0, 1.0).expand([7]).to_event(1)}, r"for 'weight' has shape \(7,\)"
+    ),
     "expanded prior": (nn.Linear(3, 2), {"prior": vdo.LogUniform().expand([7])}, r"for 'weight' has shape \(7,\)"),
     "integers": (
         nn.ParameterDict({"n": nn.Parameter(torch.ones(2, dtype=torch.long), requires_grad=False)}),
@@ -447,6 +468,19 @@ def test_compiled_networks_are_refused() -> None:
         vdo.to_bayesian(whole, vdo.LogUniform())
     with pytest.raises(ValueError, match=r"to_bayesian: '1' is wrapped by torch\.compile"):
         vdo.to_bayesian(part, vdo.LogUniform())
+
+
+@pytest.mark.parametrize("kind", [vdo.AutoFactorizedNormal, AutoNormal])
+def test_the_first_pass_of_a_guide_leaves_loaded_statistics_alone(kind: Any) -> None:
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    plain(X)
+    net = vdo.to_bayesian(plain, vdo.LogUniform())
+    guide = kind(net, init_loc_fn=vdo.init_to_pretrained)
+    guide._setup_prototype(X)
+    buffers = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+    assert all(torch.equal(net.get_buffer(name), plain.get_buffer(name)) for name in buffers)
+    poutine.replay(net, trace=poutine.trace(guide).get_trace(X))(X)
+    assert not any(torch.equal(net.get_buffer(name), plain.get_buffer(name)) for name in buffers)
 
 
 def test_priors_by_module_object_are_refused() -> None:

@@ -138,3 +138,19 @@ def test_models_that_take_no_batches_of_samples_and_values_that_are_no_tensors_a
             vdo.LocalPredictive(model, guide, 3, return_sites=sites, max_plate_nesting=1)(x)
     with pytest.raises(ValueError, match=re.escape("write return_sites=['mean']")):
         vdo.LocalPredictive(model, guide, 3, return_sites="mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("nesting", [None, 1])
+def test_samples_that_meet_each_other_are_refused(nesting: int | None) -> None:
+    x = torch.randn(5, 3)
+
+    def model(x: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        intercept = pyro.sample("intercept", dist.Normal(0.0, 1.0))
+        mean = (x @ w.unsqueeze(-1)).squeeze(-1) + intercept  # (samples, 1, data) + (samples, 1)
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(mean, 1.0))
+
+    guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"])).setup(x)
+    with pytest.raises(ValueError, match=re.escape("'y' has shape (4, 4, 5) with 4 samples at once, which are dim")):
+        vdo.LocalPredictive(model, guide, 4, max_plate_nesting=nesting)(x)

@@ -208,6 +208,8 @@ def test_bad_masks_and_thresholds() -> None:
     assert problem.guide.keep({})["0.weight"].any()  # a call that fails prunes nothing
     with pytest.raises(ValueError, match="nan"):
         problem.guide.prune(math.nan)
+    with pytest.raises(TypeError, match=r"one by site: guide.keep\(masks\("):
+        problem.guide.prune({"w": 2.0})
     with pytest.raises(RuntimeError, match="setup"):
         vdo.AutoFactorizedNormal(problem.model).prune()
 

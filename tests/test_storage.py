@@ -99,6 +99,8 @@ def test_networks_of_other_classes_need_a_skeleton(tmp_path: Path) -> None:
     save(module, tmp_path / "net")
     with pytest.raises(ExportFileError, match="skeleton=net"):
         load(tmp_path / "net")
+    with pytest.raises(ExportFileError, match=r"'0' is a ReLU, and has parts \['body'\]. Pass a skeleton of the class"):
+        load(tmp_path / "net", nn.Sequential(nn.ReLU(), nn.Linear(300, 2)))
     skeleton = nn.Sequential(Residual(nn.Linear(300, 300)), nn.Linear(300, 2))
     loaded = load(tmp_path / "net", skeleton)
     x = torch.randn(3, 300)

@@ -11,8 +11,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.optim import PyroOptim
 from pyro.optim.adagrad_rmsprop import AdagradRMSProp
 from pyro.optim.clipped_adam import ClippedAdam
@@ -359,6 +360,7 @@ def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
         ({"epochs": 2.5}, "epochs must be positive and whole"),
         ({"lr_schedule": -1.0}, "lr_schedule must be >= 0"),
         ({"validate": iter([])}, "validate is an iterator"),
+        ({"validate": data()}, "validate must be an iterable of batches, not the tensors themselves"),
         ({"validate": []}, "validate gave no batches in epoch 1"),
         ({"resume": "always"}, "resume must be"),
         ({"resume": True}, "needs checkpoint"),
@@ -404,6 +406,19 @@ def test_a_guide_of_pyro_trains_and_cannot_be_pruned() -> None:
     assert math.isfinite(history[-1]["loss"])
     with pytest.raises(ValueError, match=r"prune needs a guide with prune\(threshold\), not AutoNormal.*callbacks="):
         case.fit(prune=3.0)
+
+
+def test_the_history_counts_what_a_list_of_guides_keeps() -> None:
+    def listed(model: Any) -> AutoGuideList:
+        guides = AutoGuideList(model)
+        guides.append(vdo.AutoFactorizedNormal(poutine.block(model, expose=["0.weight"])))
+        guides.append(AutoNormal(poutine.block(model, hide=["0.weight", "y"]), init_loc_fn=vdo.init_to_pretrained))
+        return guides
+
+    case = Case(guide=listed)
+    row = case.fit(epochs=2, callbacks=[lambda run: case.guide[0].prune(-6.0)])[-1]
+    assert (row["kept"], row["weights"]) == (vdo.sparsity(case.guide).kept, 30)
+    assert row["kept"] < 30
 
 
 def test_without_parameters() -> None:

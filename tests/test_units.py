@@ -9,7 +9,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoGuideList
 from torch import nn
 
 import pyro_vdo as vdo
@@ -216,6 +218,28 @@ def test_guide_of_a_site_written_by_hand():
     q = vdo.unit_posteriors(guide)["theta"]
     assert (q.a, q.b, q.batch_shape) == (-3.0, 1.0, (4,))
     torch.testing.assert_close(q.loc, torch.ones(4))  # starts at the upper end: no damping
+
+
+def test_units_of_a_list_of_guides():
+    noisy = vdo.add_unit_noise(mlp())
+    bayesian = vdo.to_bayesian(noisy, {vdo.UnitNoise: vdo.TruncatedLogUniform()})
+    model, x, y = classifier(bayesian), torch.randn(4, 5), torch.zeros(4).long()
+    guides = AutoGuideList(model)
+    for name in ("0.noise.weight", "2.noise.weight"):
+        part = vdo.AutoFactorizedNormal(poutine.block(model, expose=[name]), init_scale=1.0).setup(x, y)
+        with torch.no_grad():
+            dict(part.named_parameters())[f"sites.{name}.loc"].copy_(torch.linspace(-30, 0, len(part.median()[name])))
+        guides.append(part)
+    for name, scales in vdo.unit_scales(guides).items():
+        assert 0 < int((scales == 0).sum()) < len(scales)
+        noisy.get_parameter(name).data.copy_(scales)
+    torch.testing.assert_close(vdo.export(bayesian, guides)(x), noisy(x))
+    three = vdo.predict_three_ways(bayesian, guides, [(x, y)], lambda p, _: p, link=lambda out: out, num_samples=2)
+    torch.testing.assert_close(three["pruned mean"], noisy(x))
+    assert not torch.equal(three["average of samples"], three["unpruned mean"])
+    row = vdo.fit(model, guides, [(x, y)], epochs=1, progress=False)[-1]
+    kept = {f"units_{name}": int(mask.sum()) for name, mask in vdo.unit_masks(guides).items()}
+    assert kept == {name: row[name] for name in ("units_0.noise.weight", "units_2.noise.weight")}
 
 
 def test_unit_functions_need_a_guide_of_this_package():

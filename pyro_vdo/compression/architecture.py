@@ -182,7 +182,10 @@ def _build(node: Any, skeleton: nn.Module | None, path: str, counter: list[int])
         raise ArchitectureError(f"'{path}' has children that are no layers")
     module = _of_skeleton(skeleton, path) if node["type"] is None else _layer(node, path)
     if children and type(module) in TYPES and type(module) is not nn.Sequential:
-        raise ArchitectureError(f"'{path}' is a layer and has children")
+        hint = " Pass a skeleton of the class that was saved." if node["type"] is None else ""
+        raise ArchitectureError(
+            f"'{path or 'the network'}' is a {type(module).__name__}, and has parts {list(children)[:8]}.{hint}"
+        )
     for name, child in children.items():
         inner = skeleton._modules.get(name) if skeleton is not None else None
         module._modules[name] = _build(child, inner, f"{path}.{name}" if path else name, counter)

@@ -48,7 +48,7 @@ def compact_module(module: nn.Module, example_inputs: Any, *, select_inputs: boo
 
     Zeros in the weights of ``nn.Linear`` and convolutions decide what is dead. A layer keeps at least one unit.
     Layers that are called several times, share parameters, have hooks or are followed by something that mixes channels
-    (softmax, LayerNorm, attention, recurrent layers) keep their units.
+    (softmax, LayerNorm, attention, recurrent layers) keep their units; embeddings keep all their rows.
 
     :param module: a plain network; it is left as it is.
     :param example_inputs: a tensor or a tuple of arguments, of the shapes that the network takes. The values of

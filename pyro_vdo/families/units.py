@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
+from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -154,6 +155,9 @@ def unit_posteriors(guide: Any) -> dict[str, TruncatedLogNormal]:
 
     :raises TypeError: for a guide of another package.
     """
+    if isinstance(guide, AutoGuideList):
+        parts = [part for part in guide if isinstance(part, AutoGuideList) or hasattr(part, "site_posterior")]
+        return {name: q for part in parts for name, q in unit_posteriors(part).items()}
     if not hasattr(guide, "site_posterior"):
         raise TypeError(f"unit_posteriors needs a guide such as AutoFactorizedNormal, not {type(guide).__name__}")
     found = {name: guide.site_posterior(name) for name in guide.site_names()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
@@ -328,11 +329,12 @@ class Run(Resumable):
                 buffer.data.copy_(value)
 
     def _counts(self) -> dict[str, Any]:
-        if not hasattr(self.guide, "posteriors"):
+        parts = self.guide if isinstance(self.guide, AutoGuideList) else [self.guide]
+        own: list[Any] = [part for part in parts if hasattr(part, "posteriors")]
+        if not own:
             return {}
-        masks = unit_masks(self.guide)
-        units = {f"units_{name}": int(mask.sum()) for name, mask in masks.items()}
-        alphas = [q.log_alpha for q in self.guide.posteriors().values() if hasattr(q, "log_alpha")]
+        units = {f"units_{name}": int(mask.sum()) for name, mask in unit_masks(self.guide).items()}
+        alphas = [q.log_alpha for part in own for q in part.posteriors().values() if hasattr(q, "log_alpha")]
         if units and not alphas:
             return units
         weights = sum(alpha.numel() for alpha in alphas)
