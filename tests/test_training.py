@@ -140,6 +140,11 @@ def test_schedules_move_with_every_step() -> None:
     assert [row["kl_weight"] for row in history] == pytest.approx([1 / 3, 5 / 6])
 
 
+def test_a_schedule_that_turns_negative_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lr_schedule gives -0\.5 after 3 epochs; it must be >= 0"):
+        Case().fit([data()], epochs=4, lr_schedule=lambda epoch: 1 - epoch / 2)
+
+
 def test_options_of_single_parameters() -> None:
     case = Case()
     before = clone(case.guide.setup(*data()).state_dict())
