@@ -124,7 +124,7 @@ def _pruned_normal(q: FactorizedNormal | PrunedNormal, p: Normal) -> Tensor:
 @register_kl(GaussianDropoutNormal, LogUniform)
 def _dropout_log_uniform(q: GaussianDropoutNormal, p: LogUniform) -> Tensor:
     """The same function of alpha alone: no gradient in theta, no 0/0 at theta = 0 (Kingma et al. 2015, section 3)."""
-    half = (0.5 * q.log_alpha).exp()
+    half = (0.5 * q.log_noise).exp()
     return _LOG_UNIFORM_KLS[p.kl](torch.ones_like(half), half)
 
 
@@ -132,10 +132,10 @@ def _dropout_log_uniform(q: GaussianDropoutNormal, p: LogUniform) -> Tensor:
 def _dropout_empirical_bayes(q: GaussianDropoutNormal, p: EmpiricalBayesNormal) -> Tensor:
     """log(1 + 1/alpha) / 2 with a lambda for each weight; theta counts where weights share lambda."""
     if p.group == "weight":
-        return 0.5 * F.softplus(-q.log_alpha)
+        return 0.5 * F.softplus(-q.log_noise)
     floor = torch.finfo(q.loc.dtype).tiny  # that of log_scale: a group may be all 0, as a padding row is
     theta = torch.where(q.loc == 0, floor, q.loc)
-    kl: Tensor = _normal_empirical_bayes(GaussianDropoutNormal(theta, q.log_alpha, kept=q.kept), p)
+    kl: Tensor = _normal_empirical_bayes(GaussianDropoutNormal(theta, q.log_noise, kept=q.kept), p)
     return kl
 
 
