@@ -100,6 +100,24 @@ def test_kl_is_the_average_of_log_q_minus_log_p(prior: object) -> None:
     assert ((terms.mean(0) - kl_divergence(q, prior)).abs() < 4.5 * error).all()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("prior", [dist.Normal(0.3, 2.0), dist.Laplace(0.3, 2.0), dist.Gumbel(0.3, 2.0)])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_kl_of_gaussian_dropout_to_proper_priors_is_finite_at_zero(prior: dist.Distribution, pruned: bool) -> None:
+    """There it is -log p(0) - H(q), and H(q) has a floor for log |theta|."""
+    theta = torch.tensor([0.0, 0.5, 0.0], requires_grad=True)
+    kept = torch.tensor([True, True, False]) if pruned else None
+    q = vdo.GaussianDropoutNormal(theta, -1.0, kept=kept)
+    kl = kl_divergence(q, prior)
+    kl.sum().backward()
+    assert theta.grad is not None
+    assert torch.isfinite(theta.grad).all()
+    zero = torch.zeros(())
+    at_zero = -prior.log_prob(zero) - 0.5 * math.log(2 * math.pi * math.e) - q.log_scale[0]
+    torch.testing.assert_close(kl[0].detach(), at_zero.detach())
+    torch.testing.assert_close(kl[1], kl_divergence(Normal(q.loc[1], q.scale[1]), prior))
+    torch.testing.assert_close(kl[2].detach(), -prior.log_prob(zero) if pruned else at_zero.detach())
+
+
 def test_shapes_broadcast() -> None:
     q = vdo.FactorizedNormal(torch.randn(5, 1), torch.rand(3) + 0.1)
     assert kl_divergence(q, vdo.LogUniform().expand([5, 3])).shape == (5, 3)
