@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -233,3 +234,17 @@ assert "pyro" not in sys.modules
 def test_the_file_works_alone_without_pyro() -> None:
     path = Path(sparse_layers.__file__)
     subprocess.run([sys.executable, "-c", WITHOUT_PYRO, str(path)], check=True)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(2, 3, 3)], ids=["linear", "convolution"])
+def test_tracing_names_the_forms_that_can_be_traced(layer: nn.Module) -> None:
+    sparse = sparsify(nn.Sequential(layer), everywhere=True)
+    x = torch.randn(2, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 2, 5, 5)
+    sparse(x)
+    traces: list[Callable[[], object]] = [lambda: torch.jit.trace(sparse, x)]
+    if hasattr(torch.compiler, "is_exporting"):
+        traces += [lambda: torch.export.export(sparse, (x,), strict=False)]
+        traces += [lambda: torch.export.export(sparse, (x,), strict=True)]
+    for trace in traces:
+        with pytest.raises(Exception, match=r"Export the network with form='masked' or 'compact'"):
+            trace()
