@@ -11,7 +11,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import (
     SVI,
@@ -420,25 +419,6 @@ def test_predictive_after_eval() -> None:
         assert samples["0.weight"].reshape(7, 4, 3).shape == (7, 4, 3)
     returned = Predictive(problem.net, guide=guide, num_samples=7, return_sites=["_RETURN", "0.weight"])(x)
     assert returned["_RETURN"].shape == (7, N, 2)
-
-
-def test_predictive_uses_joint_samples() -> None:
-    """The outputs belong to the very weights that are returned."""
-    net = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform())
-    x = torch.randn(5, 3)
-
-    def model(x: Tensor) -> Tensor:
-        out = pyro.deterministic("out", net(x), event_dim=1)
-        with pyro.plate("data", 5):
-            pyro.sample("y", dist.Normal(out, 1.0).to_event(1), obs=torch.zeros(5, 2))
-        return out  # type: ignore[no-any-return]
-
-    guide = vdo.AutoFactorizedNormal(model, init_scale=0.5).setup(x).eval()
-    for parallel in (False, True):
-        samples = Predictive(model, guide=guide, num_samples=6, parallel=parallel, return_sites=["weight", "out"])(x)
-        weight = samples["weight"].reshape(6, 2, 3)
-        expected = torch.stack([F.linear(x, w, net.bias) for w in weight])
-        torch.testing.assert_close(samples["out"].reshape(6, 5, 2), expected.detach())
 
 
 def test_jit_with_a_linear_layer_of_pyro() -> None:

@@ -22,7 +22,6 @@ from torch.nn.utils import prune
 
 import pyro_vdo as vdo
 from pyro_vdo.modules import LAYERS, bayesian_weights
-from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.weights import GaussianWeight
 
 
@@ -112,12 +111,6 @@ def test_priors_by_name_module_and_type() -> None:
     fit(net)
     net = vdo.to_bayesian(Residual(), {"stem": vdo.LogUniform()})
     assert set(bayesian_weights(net)) == {"stem.weight"}
-
-
-def test_prior_parameters_follow_the_dtype() -> None:
-    net = vdo.to_bayesian(nn.Linear(3, 2).double(), dist.Normal(torch.tensor(0.0), torch.tensor(2.0)))
-    guide = fit(net, X.double())
-    assert guide.posteriors()["weight"].loc.dtype == torch.float64
 
 
 def test_every_layer_of_the_list() -> None:
@@ -360,18 +353,6 @@ def test_copies_are_bayesian_networks(how: str, trained: bool) -> None:
     assert guide.posteriors().keys() == {"f.stem.weight", "f.block.3.weight", "f.head.out.weight"}
 
 
-def test_called_outside_of_a_model() -> None:
-    """Without a guide an improper prior has no samples; with a condition the network is an ordinary function."""
-    plain = nn.Linear(3, 2)
-    net = vdo.to_bayesian(plain, vdo.LogUniform())
-    with pytest.raises(vdo.ImproperPriorError):
-        net(X)
-    with poutine.condition(data={"weight": plain.weight.detach()}):
-        torch.testing.assert_close(net(X), plain(X))
-    proper = vdo.to_bayesian(plain, dist.Normal(0.0, 1.0))
-    assert not torch.equal(proper(X), proper(X))
-
-
 def test_names_and_two_networks_in_one_model() -> None:
     encoder = vdo.to_bayesian(nn.Linear(3, 3), vdo.LogUniform(), name="encoder")
     decoder = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform(), name="decoder")
@@ -417,13 +398,6 @@ def test_converting_twice_adds_to_the_first() -> None:
     assert set(bayesian_weights(twice)) == {"stem.weight", "head.out.weight"}
     assert set(bayesian_weights(once)) == {"stem.weight"}
     fit(twice)
-
-
-def test_reads_outside_of_a_call_do_not_touch_undrawn_weights() -> None:
-    net = vdo.to_bayesian(Residual(), vdo.LogUniform())
-    guide = fit(net)
-    assert not any(isinstance(value, Undrawn) for value in net.state_dict().values())
-    assert not any(isinstance(value, Undrawn) for value in guide.state_dict().values())
 
 
 # Dynamo looks at the gradient of every tensor, and torch warns of it.

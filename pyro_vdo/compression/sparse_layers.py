@@ -111,7 +111,8 @@ class _Csr(nn.Module):
 
     def _operands(self) -> _Operands:
         """What the product takes, sharing memory with the buffers; made anew where these are others than before."""
-        if torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)():  # torch 2.6 has no such function
+        exporting = getattr(torch.compiler, "is_exporting", bool)()  # torch 2.6 does not tell
+        if exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise NotImplementedError(
                 f"{type(self).__name__} cannot be traced: torch.export, torch.onnx and torch.jit.trace take no sparse "
                 "tensors. Export the network with form='masked' or 'compact', whose layers are dense."
