@@ -25,7 +25,7 @@ def test_predictive_uses_joint_samples() -> None:
         out = pyro.deterministic("out", net(x), event_dim=1)
         with pyro.plate("data", 5):
             pyro.sample("y", dist.Normal(out, 1.0).to_event(1), obs=torch.zeros(5, 2))
-        return out  # type: ignore[no-any-return]
+        return out
 
     guide = vdo.AutoFactorizedNormal(model, init_scale=0.5).setup(x).eval()
     for parallel in (False, True):

@@ -84,13 +84,13 @@ class Problem:
     def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         mean = self.net(x)
         with pyro.plate("data", FULL, subsample=torch.arange(N), dim=-1):
-            return pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=y)  # type: ignore[no-any-return]
+            return pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=y)
 
     def parameters(self) -> dict[str, Tensor]:
         return {**dict(self.net.named_parameters()), **dict(self.guide.named_parameters())}
 
     def log_likelihood(self, mean: Tensor) -> Tensor:
-        return dist.Normal(mean, 0.5).log_prob(self.y).sum() * FULL / N  # type: ignore[no-any-return]
+        return dist.Normal(mean, 0.5).log_prob(self.y).sum() * FULL / N
 
     def forward(self, p: dict[str, Tensor], x: Tensor) -> Tensor:
         h = reference_layer(x, p["sites.0.weight.loc"], p["sites.0.weight.log_scale"].exp(), p["0.bias"])
@@ -115,7 +115,7 @@ class Problem:
         for param in self.parameters().values():
             param.grad = None
         loss = elbo.loss_and_grads(self.model, self.guide, self.x, self.y)
-        return float(loss), {name: param.grad for name, param in self.parameters().items()}  # type: ignore[misc]
+        return float(loss), {name: param.grad for name, param in self.parameters().items()}
 
     def check(self, elbo: Any, **how: Any) -> None:
         torch.manual_seed(1)
@@ -141,9 +141,7 @@ class EnumProblem(Problem):
         mean = self.net(x)
         with pyro.plate("data", FULL, subsample=torch.arange(N), dim=-1):
             z = pyro.sample("z", dist.Categorical(self.weights))
-            return pyro.sample(  # type: ignore[no-any-return]
-                "y", dist.Normal(mean + self.shifts[z].unsqueeze(-1), 0.5).to_event(1), obs=y
-            )
+            return pyro.sample("y", dist.Normal(mean + self.shifts[z].unsqueeze(-1), 0.5).to_event(1), obs=y)
 
     def log_likelihood(self, mean: Tensor) -> Tensor:
         each = dist.Normal(mean + self.shifts.reshape(3, 1, 1), 0.5).log_prob(self.y).sum(-1)
@@ -237,7 +235,7 @@ def test_mean_field_elbo_takes_the_analytic_path(monkeypatch: pytest.MonkeyPatch
     def spy(q: Any, p: Any) -> Tensor:
         kl = real(q, p)  # raises NotImplementedError where Pyro would fall back
         asked.append((type(q.base_dist).__name__, type(p.base_dist).__name__, kl))
-        return kl  # type: ignore[no-any-return]
+        return kl
 
     monkeypatch.setattr(module, "kl_divergence", spy)
     problem = Problem()

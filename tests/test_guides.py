@@ -89,7 +89,7 @@ def test_load_state_dict_before_setup() -> None:
     with pytest.raises(RuntimeError, match=r"guide\.setup\(\*args\)"):
         Setup().guide.load_state_dict(state)
     with pytest.raises(TypeError, match="model must be a function"):
-        vdo.AutoFactorizedNormal(3)  # type: ignore[arg-type]
+        vdo.AutoFactorizedNormal(3)
 
 
 # --------------------------------------------------------------------------- any model
@@ -430,7 +430,7 @@ def test_guide_inside_a_pyro_module() -> None:
         def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
             logits = self.net(x)
             with pyro.plate("data", len(x)):
-                return pyro.sample("y", dist.Categorical(logits=logits), obs=y)  # type: ignore[no-any-return]
+                return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
     model = Whole()
     guide = vdo.AutoFactorizedNormal(model)

@@ -51,7 +51,7 @@ def classifier(net: Any) -> Any:
     def model(x: Tensor, y: Tensor | None = None) -> Tensor:
         logits = net(x)
         with pyro.plate("data", len(x)):
-            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)  # type: ignore[no-any-return]
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
     return model
 
@@ -240,7 +240,7 @@ def test_a_recurrent_layer_beside_others_stays_as_it_is() -> None:
             self.out = nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.out(self.rnn(x.unsqueeze(1))[0][:, -1])  # type: ignore[no-any-return]
+            return self.out(self.rnn(x.unsqueeze(1))[0][:, -1])
 
     net = vdo.to_bayesian(Tagger(), vdo.LogUniform())
     assert set(bayesian_weights(net)) == {"out.weight"}
@@ -259,7 +259,7 @@ def test_a_hand_written_recurrence_is_drawn() -> None:
             h = x
             for _ in range(3):
                 h = torch.tanh(self.step(h))
-            return self.out(h)  # type: ignore[no-any-return]
+            return self.out(h)
 
     net = vdo.to_bayesian(Cell(), vdo.LogUniform())
     with pytest.raises(vdo.ReuseError, match=r"draw=\['step\.weight'\]"):
@@ -283,7 +283,7 @@ def test_attention_is_drawn() -> None:
         def forward(self, x: Tensor) -> Tensor:
             h = self.embed(x.unflatten(0, (-1, 2)))
             h = h + self.attention(h, h, h, need_weights=False)[0]
-            return self.out(self.encoder(h)).flatten(0, 1)  # type: ignore[no-any-return]
+            return self.out(self.encoder(h)).flatten(0, 1)
 
     net = vdo.to_bayesian(Attend(), vdo.LogUniform())
     names = set(bayesian_weights(net))
@@ -358,7 +358,7 @@ def test_names_and_two_networks_in_one_model() -> None:
     decoder = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform(), name="decoder")
 
     def net(x: Tensor) -> Tensor:
-        return decoder(torch.tanh(encoder(x)))  # type: ignore[no-any-return]
+        return decoder(torch.tanh(encoder(x)))
 
     guide = fit(net)
     assert guide.posteriors().keys() == {"encoder.weight", "decoder.weight"}
@@ -373,7 +373,7 @@ def test_inside_the_users_own_pyro_module() -> None:
             self.gain = PyroParam(torch.tensor(1.0), dist.constraints.positive)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.gain * self.body(x)  # type: ignore[no-any-return]
+            return self.gain * self.body(x)
 
     whole = Whole()
     before = {name: p.detach().clone() for name, p in whole.named_parameters()}
@@ -426,7 +426,7 @@ def test_compiled_networks_are_refused() -> None:
 def test_priors_by_module_object_are_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="by parameter name, module name or layer type, not by"):
-        vdo.to_bayesian(net, {net[0]: vdo.LogUniform()})  # type: ignore[dict-item]
+        vdo.to_bayesian(net, {net[0]: vdo.LogUniform()})
 
 
 @pytest.mark.parametrize("where", [nn.Linear, 0])

@@ -32,7 +32,7 @@ def test_moments_are_remembered_for_the_same_numbers_only() -> None:
     moments, x, w, calls = Moments(), torch.ones(2), torch.ones(3), []
 
     def ask(*sources: torch.Tensor | None, name: str = "w") -> int:
-        moments.of(name, sources, lambda: calls.append(0) or (x, x))  # type: ignore[func-returns-value]
+        moments.of(name, sources, lambda: calls.append(0) or (x, x))
         return len(calls)
 
     assert [ask(x, w, None), ask(x, w, None), ask(x.view(2), w, None)] == [1, 1, 1]
@@ -55,7 +55,7 @@ def test_predictions_see_data_that_change_from_chunk_to_chunk() -> None:
 
     def model(x: torch.Tensor, in_place: bool) -> torch.Tensor:
         x = net_input.add_(1) if in_place else x + torch.rand(())
-        return pyro.deterministic("mean", net(x).squeeze(-1))  # type: ignore[no-any-return]
+        return pyro.deterministic("mean", net(x).squeeze(-1))
 
     for in_place in (False, True):
         guide = vdo.AutoFactorizedNormal(model, init_scale=1e-6).setup(torch.ones(3, 2), in_place)
@@ -134,7 +134,7 @@ def test_models_that_take_no_batches_of_samples_and_values_that_are_no_tensors_a
         with pytest.raises(ValueError, match=re.escape(message)):
             vdo.LocalPredictive(model, guide, 3, return_sites=sites, max_plate_nesting=1)(x)
     with pytest.raises(ValueError, match=re.escape("write return_sites=['mean']")):
-        vdo.LocalPredictive(model, guide, 3, return_sites="mean")  # type: ignore[arg-type]
+        vdo.LocalPredictive(model, guide, 3, return_sites="mean")
 
 
 @pytest.mark.parametrize("chunk", [4, 6])
@@ -146,7 +146,7 @@ def test_samples_are_not_paired_with_as_many_data_points(chunk: int, plated: boo
     def model(x: torch.Tensor) -> torch.Tensor:
         score = pyro.deterministic("score", net(x).tanh().sum(-1))
         with pyro.plate("data", len(x)) if plated else nullcontext():
-            return pyro.sample("y", dist.Delta(score))  # type: ignore[no-any-return]
+            return pyro.sample("y", dist.Delta(score))
 
     guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"]), init_scale=0.3).setup(x)
     for nesting in (None, 1):
@@ -163,7 +163,7 @@ def test_sequences_whose_positions_are_averaged_are_refused(chunk: int, plated: 
     def model(x: torch.Tensor) -> torch.Tensor:
         score = net(x).tanh().mean(-2).sum(-1)
         with pyro.plate("data", len(x)) if plated else nullcontext():
-            return pyro.sample("y", dist.Delta(score))  # type: ignore[no-any-return]
+            return pyro.sample("y", dist.Delta(score))
 
     guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"])).setup(x)
     with pytest.raises(ValueError, match=r"'y' has shape \(6,\).*take Predictive"):
@@ -177,7 +177,7 @@ def test_layers_that_take_no_samples_name_the_remedy() -> None:
     )
 
     def model(x: torch.Tensor) -> torch.Tensor:
-        return pyro.deterministic("out", net(x))  # type: ignore[no-any-return]
+        return pyro.deterministic("out", net(x))
 
     guide = vdo.AutoFactorizedNormal(model).setup(x)
     for nesting in (None, 1):

@@ -287,7 +287,7 @@ def test_early_stopping_needs_its_column() -> None:
     with pytest.raises(ValueError, match="early_stop monitors 'val_x'; the columns are"):
         Case().fit(early_stop=vdo.EarlyStop("val_x"))
     with pytest.raises(ValueError, match="mode"):
-        vdo.EarlyStop("loss", mode="least")  # type: ignore[arg-type]
+        vdo.EarlyStop("loss", mode="least")
     with pytest.raises(ValueError, match="patience"):
         vdo.EarlyStop("loss", patience=0)
 
