@@ -38,7 +38,7 @@ def initialize(net: nn.Module, first_gain: float = 1.0) -> nn.Module:
     layers = [layer for layer in net.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     for at, layer in enumerate(layers):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if at < len(layers) - 1 else "linear")
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(layer.bias)
         if at == 0:
             layer.weight.data.mul_(first_gain)
     return net

@@ -155,3 +155,6 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module = import_module(_LAZY[name])
         return module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -10,7 +10,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar, cast
 
 import pyro
 import pyro.infer.autoguide.initialization
@@ -26,6 +27,8 @@ from pyro.poutine import runtime
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
+
+Value = TypeVar("Value")
 
 # --------------------------------------------------------------------------- parameters
 
@@ -245,7 +248,7 @@ _DEPTH = 24
 
 def _askers() -> Iterator[tuple[Any, Any]]:
     """(code, self) of each ``log_prob`` of a distribution that is being evaluated, innermost first."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     for _ in range(_DEPTH):
         if frame is None:
             return
@@ -253,7 +256,7 @@ def _askers() -> Iterator[tuple[Any, Any]]:
             owner = frame.f_locals.get("self")
             if isinstance(owner, Distribution):
                 yield frame.f_code, owner
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 def density_is_asked() -> bool:
@@ -279,7 +282,7 @@ def only_structure_is_asked() -> bool:
 
     The latter meets sites that are hidden from it, as the parts of an ``AutoGuideList`` are from each other.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     initializing = False
     while frame is not None:
         initializing |= frame.f_code is _INIT_TO_SAMPLE
@@ -287,7 +290,7 @@ def only_structure_is_asked() -> bool:
             return True
         if frame.f_code in _STRUCTURE:
             return initializing
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 
@@ -315,11 +318,11 @@ _NEED_JOINT_SAMPLES = frozenset(inspect.unwrap(function).__code__ for function i
 
 
 def _is_called_by(codes: Set[Any]) -> bool:
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code in codes:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 
@@ -363,8 +366,7 @@ def compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
         return torch.compile(graph.forward, dynamic=True, fullgraph=True)
     from torch._inductor.compile_fx import compile_fx  # late, as it takes a second
 
-    compiled: Any = compile_fx(graph, inputs)
-    return compiled  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], compile_fx(graph, inputs))
 
 
 def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., Any] | None:
@@ -413,9 +415,10 @@ def split_provenance(values: Any) -> tuple[Any, frozenset[Any]]:
     return provenance.extract_provenance(values)
 
 
-def add_provenance(value: Any, names: frozenset[Any]) -> Any:
+def add_provenance(value: Value, names: frozenset[Any]) -> Value:
     """``value`` with provenance added."""
-    return provenance.track_provenance(value, names) if names else value
+    tracked: Value = provenance.track_provenance(value, names) if names else value
+    return tracked
 
 
 def register_provenance(

@@ -47,7 +47,8 @@ def export(
     noise on units (``UnitNoise``) is multiplied into the weights next to it.
 
     - ``"masked"``: the classes of the original network; ``torch.export`` and ``torch.onnx`` work on it.
-    - ``"sparse"``: linear layers and convolutions that are sparse enough to gain hold only their nonzero weights.
+    - ``"sparse"``: linear layers and convolutions that are sparse enough to gain hold only their nonzero weights; torch
+      cannot trace or export these.
     - ``"compact"``: dead inputs, neurons and channels are removed; needs torch-pruning and ``example_inputs``.
     - ``"compact+sparse"``: first the one, then the other.
     - without ``form``: the smallest and fastest that needs nothing more: ``"sparse"``, after dead neurons between the

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -156,10 +156,10 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
 
     def _site(self, name: str) -> SitePosterior:
         # Reading the attribute ``sites`` inside of a call would register its parameters with Pyro a second time.
-        return self._modules["sites"].get_submodule(name)  # type: ignore[union-attr,return-value]
+        return cast(SitePosterior, cast(nn.Module, self._modules["sites"]).get_submodule(name))
 
     def _set_site(self, name: str, posterior: SitePosterior) -> None:
-        node: nn.Module = self._modules["sites"]  # type: ignore[assignment]  # see _site
+        node = cast(nn.Module, self._modules["sites"])  # see _site
         *path, last = name.split(".")
         for part in path:
             if part not in node._modules:

@@ -112,19 +112,10 @@ def _normal_scaled_normal(q: Normal, p: ScaledNormal) -> Tensor:
     return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
 
 
-@register_kl(PrunedNormal, Normal)
-@register_kl(FactorizedNormal, Normal)
-def _pruned_normal(q: FactorizedNormal | PrunedNormal, p: Normal) -> Tensor:
-    """KL of two Normals, elementwise; -log p(0) for pruned weights, which is what ``Trace_ELBO`` counts for them."""
-    ratio = ((q.loc - p.loc) / p.scale).square() + (q.scale / p.scale).square()
-    kl = 0.5 * (ratio - 1) + p.scale.log() - _log_scale(q)
-    return kl if q.kept is None else torch.where(q.kept, kl, -p.log_prob(torch.zeros_like(kl)))
-
-
 @register_kl(GaussianDropoutNormal, LogUniform)
 def _dropout_log_uniform(q: GaussianDropoutNormal, p: LogUniform) -> Tensor:
     """The same function of alpha alone: no gradient in theta, no 0/0 at theta = 0 (Kingma et al. 2015, section 3)."""
-    half = (0.5 * q.log_alpha).exp()
+    half = (0.5 * q.log_noise).exp()
     return _LOG_UNIFORM_KLS[p.kl](torch.ones_like(half), half)
 
 
@@ -132,10 +123,10 @@ def _dropout_log_uniform(q: GaussianDropoutNormal, p: LogUniform) -> Tensor:
 def _dropout_empirical_bayes(q: GaussianDropoutNormal, p: EmpiricalBayesNormal) -> Tensor:
     """log(1 + 1/alpha) / 2 with a lambda for each weight; theta counts where weights share lambda."""
     if p.group == "weight":
-        return 0.5 * F.softplus(-q.log_alpha)
+        return 0.5 * F.softplus(-q.log_noise)
     floor = torch.finfo(q.loc.dtype).tiny  # that of log_scale: a group may be all 0, as a padding row is
     theta = torch.where(q.loc == 0, floor, q.loc)
-    kl: Tensor = _normal_empirical_bayes(GaussianDropoutNormal(theta, q.log_alpha, kept=q.kept), p)
+    kl: Tensor = _normal_empirical_bayes(GaussianDropoutNormal(theta, q.log_noise, kept=q.kept), p)
     return kl
 
 
@@ -160,13 +151,20 @@ def _normal_scale_mixture(q: Normal, p: NormalScaleMixture) -> Tensor:
     return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
 
 
-def _pruned(q: Any, p: Distribution) -> Tensor:
-    """The KL of torch, elementwise; -log p(0) for pruned weights, as above."""
-    scale = q.scale if q.kept is None else torch.where(q.kept, q.scale, torch.ones_like(q.scale))
-    kl: Tensor = kl_divergence(Normal(q.loc, scale, validate_args=False), p)
-    if q.kept is not None:
-        kl = torch.where(q.kept, kl, -p.log_prob(torch.zeros_like(q.loc)))
-    return kl
+def _to_proper(q: FactorizedNormal | PrunedNormal, p: Any) -> Tensor:
+    """KL, elementwise, finite at theta = 0; -log p(0) for pruned weights, which is what ``Trace_ELBO`` counts for them.
+
+    That of torch to Laplace and Gumbel divides by the scale, which has a floor here; the entropy does not.
+    """
+    if isinstance(p, Normal):
+        ratio = ((q.loc - p.loc) / p.scale).square() + (q.scale / p.scale).square()
+        kl = 0.5 * (ratio - 1) + p.scale.log() - _log_scale(q)
+    else:
+        floor = torch.finfo(q.scale.dtype).eps * p.scale
+        scale = torch.maximum(q.scale, floor)
+        kl = kl_divergence(Normal(q.loc, scale, validate_args=False), p)
+        kl = torch.where(q.scale < floor, kl + scale.log() - _log_scale(q), kl)
+    return kl if q.kept is None else torch.where(q.kept, kl, -p.log_prob(torch.zeros_like(kl)))
 
 
 def _correlated(q: Any, p: Distribution) -> Tensor:
@@ -196,6 +194,6 @@ for _law in (CorrelatedNormal, DrawnCorrelatedNormal):
         register_kl(_law, _prior)(_correlated)
     for _other in (Normal, FactorizedNormal, PrunedNormal, CorrelatedNormal, DrawnCorrelatedNormal):
         register_kl(_other, _law)(_to_correlated)
-for _prior in (Laplace, Gumbel):
-    register_kl(FactorizedNormal, _prior)(_pruned)
-    register_kl(PrunedNormal, _prior)(_pruned)
+for _prior in (Normal, Laplace, Gumbel):
+    register_kl(FactorizedNormal, _prior)(_to_proper)
+    register_kl(PrunedNormal, _prior)(_to_proper)

@@ -116,7 +116,7 @@ def _refuse_computed(net: nn.Module) -> None:
 
 
 def _convert(module: nn.Module, attribute: str, prior: Prior) -> None:
-    pretrained = module._parameters[attribute].detach().clone()  # type: ignore[union-attr]
+    pretrained = module.get_parameter(attribute).detach().clone()
     setattr(module, attribute, PyroSample(WeightDeclaration(attribute, prior)))
     _compat.set_buffer(module, attribute, pretrained)
 

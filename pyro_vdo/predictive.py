@@ -10,14 +10,15 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pyro_vdo import _compat
 from pyro_vdo.numerics.moments import REMEMBERED, Moments
 
 _PLATE = "_pyro_vdo_predictions"
-_BATCHES = (
-    "Let the model take dimensions of samples on the left (count dimensions from the right, as in x.mean(-1)), or take "
-    "Predictive(model, guide=guide, num_samples=...)."
+_REMEDY = (
+    "Let the model take dimensions of samples on the left (data in a plate, dimensions counted from the right as in "
+    "x.mean(-1), no layers of attention or pooling), or take Predictive(model, guide=guide, num_samples=...)."
 )
 
 
@@ -29,7 +30,8 @@ class LocalPredictive:
     data point have the distribution that drawn weights give them, wherever local reparameterization is exact; but each
     data point has its own draw of the weights, so that what concerns several points at once (a sum over a batch,
     correlations) needs ``Predictive``. Samples are dimensions on the left, as with ``Predictive(parallel=True)``: write
-    ``nn.Flatten(-3)`` for ``nn.Flatten()``, and put the data into a plate.
+    ``nn.Flatten(-3)`` for ``nn.Flatten()``. Layers of attention and pooling do not take them, and linear layers along a
+    sequence that is then averaged or flattened displace them: these need ``Predictive``.
 
     :param model: a Pyro model.
     :param guide: its guide.
@@ -37,9 +39,10 @@ class LocalPredictive:
     :param return_sites: names of the sites to return; by default the sampled sites of the model that are not in the
         guide. ``"_RETURN"`` is what the model returns.
     :param chunk_size: how many samples at once; memory grows with it.
-    :param max_plate_nesting: number of batch dimensions of the model; found out by default.
+    :param max_plate_nesting: the most dimensions in front of the features that data have anywhere in the model, those
+        of a sequence too, in a plate or not; by default as many as a tensor has among arguments and sites.
     :raises ValueError: unless ``num_samples`` and ``chunk_size`` are positive; when called, for sites that do not exist
-        or whose shape or numbers show that the model takes no batches of samples.
+        or whose shape shows that the model takes no batches of samples.
     """
 
     def __init__(
@@ -76,14 +79,19 @@ class LocalPredictive:
             single, nesting = None, self.max_plate_nesting
             if nesting is None:
                 single = self._traces(*args, **kwargs)
-                nesting = self._nesting(*single)
+                nesting = self._nesting(*single, args, kwargs)
             parts = []
             for start in range(0, self.num_samples, self.chunk_size):
                 size = min(self.chunk_size, self.num_samples - start)
-                with pyro.plate(_PLATE, size, dim=-1 - nesting):
-                    traces = self._traces(*args, **kwargs)
+                try:
+                    with pyro.plate(_PLATE, size, dim=-1 - nesting):
+                        traces = self._traces(*args, **kwargs)
+                except Exception as error:
+                    single = single or self._traces(*args, **kwargs)  # or the model fails by itself
+                    error.add_note(f"LocalPredictive: one sample passes, {size} at once do not. {_REMEDY}")
+                    raise
                 nodes = {name: traces[1].nodes[name] for name in self._names(*traces)}
-                if single is None and not all(map(_is_sampled, nodes.values())):
+                if single is None and not all(_is_in_plates(node, nesting) for node in nodes.values()):
                     single = self._traces(*args, **kwargs)
                 parts.append({name: self._value(name, node, single, size, nesting) for name, node in nodes.items()})
         finally:
@@ -97,9 +105,13 @@ class LocalPredictive:
         return guide_trace, poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args, **kwargs)
 
     @staticmethod
-    def _nesting(*traces: Any) -> int:
-        frames = [frame for t in traces for site in t.nodes.values() for frame in site.get("cond_indep_stack", ())]
-        return max((-frame.dim for frame in frames if frame.dim is not None), default=0)
+    def _nesting(guide_trace: Any, trace: Any, *arguments: Any) -> int:
+        """Enough dimensions: where data had as many as there are samples, these would be paired without an error."""
+        sites = [*guide_trace.nodes.values(), *trace.nodes.values()]
+        frames = [frame for site in sites for frame in site.get("cond_indep_stack", ())]
+        values = [site.get("value") for name, site in trace.nodes.items() if name not in guide_trace]
+        dims = [leaf.dim() for leaf in tree_leaves((arguments, values)) if isinstance(leaf, Tensor)]
+        return max([*dims, *(-frame.dim for frame in frames if frame.dim is not None)], default=0)
 
     def _names(self, guide_trace: Any, trace: Any) -> tuple[str, ...]:
         names = self.return_sites
@@ -123,30 +135,33 @@ class LocalPredictive:
                 f"LocalPredictive: '{name}' is of type {type(value).__name__}, not a tensor; name sites with tensors "
                 "in return_sites (pyro.deterministic makes one of any tensor)"
             )
-        if _is_sampled(site):
-            if value.dim() - site["fn"].event_dim > 1 + nesting:
-                raise ValueError(
-                    f"LocalPredictive: '{name}' has shape {tuple(value.shape)} with {size} samples at once, which are "
-                    f"dimension {-1 - nesting} of its batch. {_BATCHES}"
-                )
-            own = max((-frame.dim for frame in site["cond_indep_stack"] if frame.name != _PLATE), default=0)
-            return value.expand(size, *value.shape[1:]).reshape(size, *value.shape[1 + nesting - own :])
+        if single is None:
+            return value.expand(size, *value.shape[1:]).reshape(size, *value.shape[1 + nesting - _own_dims(site) :])
         alone = single[1].nodes[name]["value"]  # only a single pass tells which dimensions are its own
         shape = alone.shape
-        if value.numel() == size * shape.numel():
+        if value.shape == (size, *(1,) * (value.dim() - 1 - len(shape)), *shape):
             return value.reshape(size, *shape)
-        of_one = value.numel() == shape.numel()
-        if of_one and torch.allclose(value.reshape(shape).double(), alone.double(), rtol=1e-4, equal_nan=True):
-            return value.reshape(shape).expand(size, *shape)  # no draw has touched it
+        if value.numel() == shape.numel():
+            same = value.reshape(shape)
+            if bool(((same == alone) | (same != same)).all()):  # no draw has touched it
+                return same.expand(size, *shape)
         raise ValueError(
             f"LocalPredictive: '{name}' has shape {tuple(shape)} in a single pass and {tuple(value.shape)} with {size} "
-            f"samples at once{', which it mixes' * of_one}. {_BATCHES}"
+            f"samples at once. {_REMEDY}"
         )
 
 
-def _is_sampled(site: Any) -> bool:
-    """Whether the plate of samples has given the value its dimension: not where it was computed or observed."""
-    return site["type"] == "sample" and not site["is_observed"]
+def _own_dims(site: Any) -> int:
+    return max((-frame.dim for frame in site["cond_indep_stack"] if frame.name != _PLATE), default=0)
+
+
+def _is_in_plates(site: Any, nesting: int) -> bool:
+    """Whether plates tell the shape of a value: not where it was computed or observed, or has more dimensions."""
+    if site["type"] != "sample" or site["is_observed"]:
+        return False
+    shape = site["value"].shape
+    fits = len(shape) - site["fn"].event_dim <= 1 + nesting
+    return fits and all(length == 1 for length in shape[1 : 1 + nesting - _own_dims(site)])
 
 
 _compat.PREDICTING.add(LocalPredictive._traces.__code__)

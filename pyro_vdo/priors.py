@@ -136,7 +136,7 @@ class WeightEvent(dist.Independent):
             kl = value.shared_kl_sum(self.base_dist)
             kl = self.base_dist.kl_sum(value, count) if kl is None else kl
             if kl is not None:
-                return _compat.add_provenance(value.expected_log_law_sum(count) - kl, value.provenance)  # type: ignore[no-any-return]
+                return _compat.add_provenance(value.expected_log_law_sum(count) - kl, value.provenance)
         return super().log_prob(value)  # type: ignore[no-any-return]
 
 

@@ -78,8 +78,11 @@ class Prunable:
             self._site(name).kept = None
 
     def _prunable(self) -> dict[str, Any]:
-        posteriors = self.posteriors()  # type: ignore[attr-defined]
-        return {name: q for name, q in posteriors.items() if hasattr(self._site(name), "kept")}
+        return {name: q for name, q in self.posteriors().items() if hasattr(self._site(name), "kept")}
+
+    def posteriors(self) -> dict[str, Any]:
+        """The posterior of every site that can be pruned, and of others."""
+        raise NotImplementedError
 
     def _site(self, name: str) -> Any:
         raise NotImplementedError

@@ -80,8 +80,7 @@ def signal_to_noise(guide: Guide) -> dict[str, Tensor]:
 def masks(guide: Guide, threshold: float | Mapping[str, float] = THRESHOLD) -> dict[str, Tensor]:
     """True for the weights to keep, those with log alpha < threshold, by site.
 
-    A weight whose mean is exactly zero has log alpha = inf and is never kept, except in ``AutoGaussianDropout``, where
-    log alpha is a parameter of its own; an exported network counts it as zero.
+    A weight whose mean is exactly zero has log alpha = inf and is never kept.
 
     :param threshold: one number, or a mapping from site to number (other sites: the default, 3).
     :raises TypeError: if a threshold is not a number.

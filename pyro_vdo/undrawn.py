@@ -180,4 +180,4 @@ def expected_log_prob(prior: Distribution, weight: Undrawn) -> Tensor:
     """E log p(w) for w from its own law q: -KL(q || p) + E log q, elementwise; the KL is the registered one."""
     names = weight.provenance
     result = weight.expected_log_law() - kl_divergence(weight.law(), prior)
-    return _compat.add_provenance(result, names)  # type: ignore[no-any-return]
+    return _compat.add_provenance(result, names)

@@ -33,7 +33,7 @@ class Setup:
     def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         logits = self.net(x)
         with pyro.plate("data", len(x)):
-            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)  # type: ignore[no-any-return]
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
     def train(self, steps: int = 5) -> list[float]:
         return [float(self.svi.step(X, Y)) for _ in range(steps)]

@@ -220,7 +220,7 @@ def child(path: Path, sabotage: str) -> None:
             kill()
         fsync(handle)
 
-    os.replace, os.fsync = killing_replace, killing_fsync  # type: ignore[assignment]
+    os.replace, os.fsync = killing_replace, killing_fsync
     Case().fit(epochs=6, checkpoint=path, **options_of_a_long_run())
 
 

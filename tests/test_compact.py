@@ -245,7 +245,7 @@ def test_what_mixes_units_keeps_them(mixing: object) -> None:
             self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(mixing(self.first(x)))  # type: ignore[operator]
+            return self.last(mixing(self.first(x)))
 
     net = Net().eval()
     x = torch.randn(3, 4)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -146,7 +148,7 @@ class Spy(Tensor):
     ],
 )
 def test_expected_squares_go_to_linear_expressions_alone(density: Any, allowed: bool) -> None:
-    Spy.allowed = None  # type: ignore[assignment]
+    Spy.allowed = None
     density().log_prob(torch.ones(3).as_subclass(Spy))
     assert Spy.allowed is allowed
 
@@ -179,6 +181,20 @@ def test_importing_has_no_side_effect_on_torch_and_pyro() -> None:
     assert F.linear is torch._C._nn.linear
     for thing in (pyro.sample, pyro.param, pyro.infer.Trace_ELBO.loss_and_grads, torch.distributions.Normal.log_prob):
         assert thing.__module__.split(".")[0] in ("pyro", "torch")
+
+
+def test_every_public_name_is_there_and_completed() -> None:
+    """In a fresh interpreter, in which nothing has asked for the names that wait."""
+    program = """
+import pyro_vdo, rlcompleter
+assert set(pyro_vdo.__all__) <= set(dir(pyro_vdo)) and pyro_vdo.__all__ == sorted(set(pyro_vdo.__all__))
+assert "pyro_vdo.from_pyro_svi(" in rlcompleter.Completer({"pyro_vdo": pyro_vdo}).attr_matches("pyro_vdo.fr")
+names = {}
+exec("from pyro_vdo import *", names)
+assert set(pyro_vdo.__all__) == names.keys() - {"__builtins__"}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_version_is_told_once() -> None:

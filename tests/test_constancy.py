@@ -22,7 +22,7 @@ class Probe(nn.Module):
         self.function, self.end = function, nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.end(self.function(x))  # type: ignore[no-any-return]
+        return self.end(self.function(x))
 
 
 def known(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def test_layers_that_are_called_by_keyword() -> None:
             self.end = nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.end(input=x @ WEIGHT.t())  # type: ignore[no-any-return]
+            return self.end(input=x @ WEIGHT.t())
 
     net = ByKeyword().eval()
     assert known_inputs(net, {"end": net.end}, (torch.ones(2, 3),))["end"].isnan().tolist() == [[True, False]] * 2

@@ -195,8 +195,8 @@ def test_a_guide_that_moves(cuda: PretendedCuda) -> None:
         "covariance",
         "noise on units",
         "large",
-    ]
-    + ["batch norm"],
+        "batch norm",
+    ],
 )
 def test_reports_and_predictions(name: str, cuda: PretendedCuda) -> None:
     net, model, guide, args = PROGRAMS[name].build()

@@ -11,7 +11,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import (
     SVI,
@@ -85,13 +84,13 @@ class Problem:
     def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         mean = self.net(x)
         with pyro.plate("data", FULL, subsample=torch.arange(N), dim=-1):
-            return pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=y)  # type: ignore[no-any-return]
+            return pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=y)
 
     def parameters(self) -> dict[str, Tensor]:
         return {**dict(self.net.named_parameters()), **dict(self.guide.named_parameters())}
 
     def log_likelihood(self, mean: Tensor) -> Tensor:
-        return dist.Normal(mean, 0.5).log_prob(self.y).sum() * FULL / N  # type: ignore[no-any-return]
+        return dist.Normal(mean, 0.5).log_prob(self.y).sum() * FULL / N
 
     def forward(self, p: dict[str, Tensor], x: Tensor) -> Tensor:
         h = reference_layer(x, p["sites.0.weight.loc"], p["sites.0.weight.log_scale"].exp(), p["0.bias"])
@@ -116,7 +115,7 @@ class Problem:
         for param in self.parameters().values():
             param.grad = None
         loss = elbo.loss_and_grads(self.model, self.guide, self.x, self.y)
-        return float(loss), {name: param.grad for name, param in self.parameters().items()}  # type: ignore[misc]
+        return float(loss), {name: param.grad for name, param in self.parameters().items()}
 
     def check(self, elbo: Any, **how: Any) -> None:
         torch.manual_seed(1)
@@ -142,9 +141,7 @@ class EnumProblem(Problem):
         mean = self.net(x)
         with pyro.plate("data", FULL, subsample=torch.arange(N), dim=-1):
             z = pyro.sample("z", dist.Categorical(self.weights))
-            return pyro.sample(  # type: ignore[no-any-return]
-                "y", dist.Normal(mean + self.shifts[z].unsqueeze(-1), 0.5).to_event(1), obs=y
-            )
+            return pyro.sample("y", dist.Normal(mean + self.shifts[z].unsqueeze(-1), 0.5).to_event(1), obs=y)
 
     def log_likelihood(self, mean: Tensor) -> Tensor:
         each = dist.Normal(mean + self.shifts.reshape(3, 1, 1), 0.5).log_prob(self.y).sum(-1)
@@ -238,7 +235,7 @@ def test_mean_field_elbo_takes_the_analytic_path(monkeypatch: pytest.MonkeyPatch
     def spy(q: Any, p: Any) -> Tensor:
         kl = real(q, p)  # raises NotImplementedError where Pyro would fall back
         asked.append((type(q.base_dist).__name__, type(p.base_dist).__name__, kl))
-        return kl  # type: ignore[no-any-return]
+        return kl
 
     monkeypatch.setattr(module, "kl_divergence", spy)
     problem = Problem()
@@ -420,25 +417,6 @@ def test_predictive_after_eval() -> None:
         assert samples["0.weight"].reshape(7, 4, 3).shape == (7, 4, 3)
     returned = Predictive(problem.net, guide=guide, num_samples=7, return_sites=["_RETURN", "0.weight"])(x)
     assert returned["_RETURN"].shape == (7, N, 2)
-
-
-def test_predictive_uses_joint_samples() -> None:
-    """The outputs belong to the very weights that are returned."""
-    net = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform())
-    x = torch.randn(5, 3)
-
-    def model(x: Tensor) -> Tensor:
-        out = pyro.deterministic("out", net(x), event_dim=1)
-        with pyro.plate("data", 5):
-            pyro.sample("y", dist.Normal(out, 1.0).to_event(1), obs=torch.zeros(5, 2))
-        return out  # type: ignore[no-any-return]
-
-    guide = vdo.AutoFactorizedNormal(model, init_scale=0.5).setup(x).eval()
-    for parallel in (False, True):
-        samples = Predictive(model, guide=guide, num_samples=6, parallel=parallel, return_sites=["weight", "out"])(x)
-        weight = samples["weight"].reshape(6, 2, 3)
-        expected = torch.stack([F.linear(x, w, net.bias) for w in weight])
-        torch.testing.assert_close(samples["out"].reshape(6, 5, 2), expected.detach())
 
 
 def test_jit_with_a_linear_layer_of_pyro() -> None:

@@ -84,7 +84,7 @@ def test_the_network_in_the_readme_needs_no_example() -> None:
     net = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))
     bayes, guide = bayesian(net, torch.zeros(1, 784))
     x = torch.randn(4, 784)
-    assert isinstance(export(bayes, guide, "sparse", threshold=-2.0)[0], SparseLinear)  # type: ignore[index]
+    assert isinstance(export(bayes, guide, "sparse", threshold=-2.0)[0], SparseLinear)
     small = export(bayes, guide, threshold=-2.0)
     assert sum(p.numel() for p in small.parameters()) < 0.2 * sum(p.numel() for p in net.parameters())
     torch.testing.assert_close(small(x), export(bayes, guide, "masked", threshold=-2.0)(x), atol=1e-4, rtol=1e-4)
@@ -109,8 +109,8 @@ def test_explicit_masks_and_thresholds_by_site() -> None:
     rows = torch.tensor([[True], [False], [True]])
     plain = export(bayes, guide, "masked", masks={"0.weight": rows}, threshold={"1.weight": 100.0})
     loc = {name: q.loc for name, q in guide.posteriors().items()}
-    assert torch.equal(plain[0].weight, loc["0.weight"] * rows)  # type: ignore[index]
-    assert torch.equal(plain[1].weight, loc["1.weight"])  # type: ignore[index]
+    assert torch.equal(plain[0].weight, loc["0.weight"] * rows)
+    assert torch.equal(plain[1].weight, loc["1.weight"])
     with pytest.raises(ValueError, match=r"\['x'\]"):
         export(bayes, guide, masks={"x": rows})
     with pytest.raises(ValueError, match="boolean"):
@@ -153,12 +153,12 @@ def test_noise_on_units_is_folded_into_the_weights() -> None:
     scales = vdo.unit_scales(guide)[site]
     assert 0 < int(scales.count_nonzero()) < 8
     plain = export(bayes, guide, "masked")
-    assert [type(m) for m in plain] == [nn.Linear, nn.ReLU, nn.Linear]  # type: ignore[arg-type]
+    assert [type(m) for m in plain] == [nn.Linear, nn.ReLU, nn.Linear]
     dense = net[0]
     expected = net[2](torch.relu(nn.functional.linear(x, dense.weight, dense.bias) * scales))
     torch.testing.assert_close(plain(x), expected.detach())
     compact = export(bayes, guide, "compact", example_inputs=x)
-    assert compact[0].out_features == int(scales.count_nonzero())  # type: ignore[index]
+    assert compact[0].out_features == int(scales.count_nonzero())
     torch.testing.assert_close(compact(x), expected.detach())
 
 
@@ -181,7 +181,7 @@ class Own(PyroModule):
         self.layer.weight = PyroSample(dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)  # type: ignore[no-any-return]
+        return self.layer(x)
 
 
 def test_errors_name_the_remedy() -> None:
@@ -198,9 +198,9 @@ def test_errors_name_the_remedy() -> None:
     with pytest.raises(RuntimeError, match="setup"):
         export(bayes, vdo.AutoFactorizedNormal(lambda x: bayes(x)))
     with pytest.raises(TypeError, match="masks must map sites to boolean tensors"):
-        export(bayes, guide, masks=torch.ones(2, dtype=torch.bool))  # type: ignore[arg-type]
+        export(bayes, guide, masks=torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="must be a boolean tensor"):
-        export(bayes, guide, masks={"0.weight": True})  # type: ignore[dict-item]
+        export(bayes, guide, masks={"0.weight": True})
 
 
 def test_prune_module() -> None:
@@ -220,8 +220,8 @@ def test_sharing_is_kept() -> None:
     bayes = vdo.to_bayesian(nn.Sequential(inner, nn.ReLU(), inner, nn.Linear(3, 2)), vdo.LogUniform())
     values = {"0.weight": torch.eye(3), "3.weight": torch.zeros(2, 3)}
     plain = plain_module(bayes, values)
-    assert plain[0] is plain[2]  # type: ignore[index]
-    assert torch.equal(plain[2].weight, torch.eye(3))  # type: ignore[index]
+    assert plain[0] is plain[2]
+    assert torch.equal(plain[2].weight, torch.eye(3))
 
 
 def test_the_default_removes_dead_neurons_of_a_chain() -> None:
@@ -361,7 +361,7 @@ def test_batch_norm_is_estimated_anew_as_torch_does() -> None:
     torch.optim.swa_utils.update_bn([x for x, _ in batches], theirs)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value)
-    assert ours[1].momentum == 0.1  # type: ignore[index]
+    assert ours[1].momentum == 0.1
     assert not any(module.training for module in ours.modules())
     with pytest.raises(ValueError, match="no batch"):
         reestimate_batch_norm(ours, [])
@@ -374,7 +374,7 @@ def test_batch_norm_behind_two_inputs() -> None:
             self.norm = nn.BatchNorm1d(3)
 
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.norm(x + y)  # type: ignore[no-any-return]
+            return self.norm(x + y)
 
     x, y = torch.randn(9, 3), torch.randn(9, 3)
     net = prune_module(Two(), {}, "masked", data=[((x, y), torch.zeros(9))])
@@ -392,7 +392,7 @@ def test_batches_that_are_dicts_need_a_network_that_takes_them() -> None:
             return super().forward(batch["x"])
 
     ours = reestimate_batch_norm(ByName(*net), [{"x": x, "y": x}])
-    torch.testing.assert_close(ours[0].running_mean, x.mean(0))  # type: ignore[index]
+    torch.testing.assert_close(ours[0].running_mean, x.mean(0))
 
 
 def test_dropout_is_off_while_batch_norm_is_estimated() -> None:

@@ -244,6 +244,19 @@ def test_pruned_weights_are_zero():
     assert (drawn[keep] != 0).all()
 
 
+def test_a_weight_that_is_zero_in_every_sample_counts_as_zero_everywhere():
+    x, y = data()
+    net = vdo.to_bayesian(nn.Linear(4, 1), vdo.LogUniform())
+    guide = vdo.AutoGaussianDropout(regression(net), alpha=0.1).setup(x, y)
+    guide.get_parameter("sites.weight.loc").data[0, 1] = 0.0
+    kept = torch.tensor([[True, False, True, True]])
+    assert vdo.sparsity(guide).kept == vdo.summary(guide)["kept"].sum() == 3
+    assert torch.equal(vdo.masks(guide)["weight"], kept)
+    assert vdo.export(net, guide, form="masked").weight.count_nonzero() == 3
+    assert torch.isfinite(guide.posteriors()["weight"].log_noise).all()
+    assert torch.equal(guide.prune(3.0)["weight"], kept)
+
+
 # --------------------------------------------------------------------------- correlated weight noise
 
 

@@ -61,7 +61,7 @@ def test_published_fits_are_what_the_papers_say() -> None:
 def test_finite_at_zero_and_far_out(kl: str, dtype: torch.dtype) -> None:
     loc = torch.tensor([0.0, 1e-30, 1.0, -1e15, 1.0, 3.0], dtype=dtype, requires_grad=True)
     scale = torch.tensor([1.0, 1e-2, 1e15, 1.0, 1e-15, 1e-30], dtype=dtype, requires_grad=True)
-    value = kl_divergence(Normal(loc, scale), vdo.LogUniform(kl=kl))  # type: ignore[arg-type]
+    value = kl_divergence(Normal(loc, scale), vdo.LogUniform(kl=kl))
     value.sum().backward()
     assert torch.isfinite(value).all()
     assert loc.grad is not None
@@ -74,7 +74,7 @@ def test_finite_at_zero_and_far_out(kl: str, dtype: torch.dtype) -> None:
 
 def test_unknown_kl_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kl must be one of \('exact', 'molchanov', 'kingma'\), not 'fancy'"):
-        vdo.LogUniform(kl="fancy")  # type: ignore[arg-type]
+        vdo.LogUniform(kl="fancy")
 
 
 def test_empirical_bayes_is_the_optimum() -> None:
@@ -94,10 +94,28 @@ def test_kl_is_the_average_of_log_q_minus_log_p(prior: object) -> None:
     q = Normal(loc, scale)
     count = 400_000
     w = q.sample((count,))
-    terms = q.log_prob(w) - prior.log_prob(w)  # type: ignore[attr-defined]
+    terms = q.log_prob(w) - prior.log_prob(w)
     error = terms.std(0) / count**0.5
     assert (error < 0.01).all()
-    assert ((terms.mean(0) - kl_divergence(q, prior)).abs() < 4.5 * error).all()  # type: ignore[arg-type]
+    assert ((terms.mean(0) - kl_divergence(q, prior)).abs() < 4.5 * error).all()
+
+
+@pytest.mark.parametrize("prior", [dist.Normal(0.3, 2.0), dist.Laplace(0.3, 2.0), dist.Gumbel(0.3, 2.0)])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_kl_of_gaussian_dropout_to_proper_priors_is_finite_at_zero(prior: dist.Distribution, pruned: bool) -> None:
+    """There it is -log p(0) - H(q), and H(q) has a floor for log |theta|."""
+    theta = torch.tensor([0.0, 0.5, 0.0], requires_grad=True)
+    kept = torch.tensor([True, True, False]) if pruned else None
+    q = vdo.GaussianDropoutNormal(theta, -1.0, kept=kept)
+    kl = kl_divergence(q, prior)
+    kl.sum().backward()
+    assert theta.grad is not None
+    assert torch.isfinite(theta.grad).all()
+    zero = torch.zeros(())
+    at_zero = -prior.log_prob(zero) - 0.5 * math.log(2 * math.pi * math.e) - q.log_scale[0]
+    torch.testing.assert_close(kl[0].detach(), at_zero.detach())
+    torch.testing.assert_close(kl[1], kl_divergence(Normal(q.loc[1], q.scale[1]), prior))
+    torch.testing.assert_close(kl[2].detach(), -prior.log_prob(zero) if pruned else at_zero.detach())
 
 
 def test_shapes_broadcast() -> None:

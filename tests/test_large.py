@@ -110,9 +110,9 @@ def test_second_backward_pass_and_accumulation() -> None:
     loc, log_scale = parameters()
     loss = objective(loc, log_scale, "linear")
     loss.backward(retain_graph=True)
-    first = [param.grad.clone() for param in (loc, log_scale)]  # type: ignore[union-attr]
+    first = [param.grad.clone() for param in (loc, log_scale)]
     loss.backward()
-    assert_gradients_agree([param.grad for param in (loc, log_scale)], [2 * gradient for gradient in first], 1e-12)  # type: ignore[misc]
+    assert_gradients_agree([param.grad for param in (loc, log_scale)], [2 * gradient for gradient in first], 1e-12)
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["data first", "KL first"])
@@ -128,7 +128,7 @@ def test_second_derivative_of_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
     def curvature() -> tuple[Tensor, ...]:
         loc, log_scale = parameters()
         first = torch.autograd.grad(objective(loc, log_scale, "drawn"), (loc, log_scale), create_graph=True)
-        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (loc, log_scale))  # type: ignore[arg-type]
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (loc, log_scale))
 
     found = curvature()
     composed(monkeypatch)
@@ -159,9 +159,9 @@ def test_both_ends_of_the_range(loc: float, log_scale: float) -> None:
     assert kl.item() == pytest.approx(1024 * expected.item(), rel=2e-6)
     assert log_law.item() == pytest.approx(-1024 * (log_scale + fused.ENTROPY_CONSTANT), rel=1e-6)
     assert mean.grad is not None
-    assert mean.grad.mean().item() == pytest.approx(one.grad.item(), rel=2e-5)  # type: ignore[union-attr]
+    assert mean.grad.mean().item() == pytest.approx(one.grad.item(), rel=2e-5)
     assert logs.grad is not None
-    assert logs.grad.mean().item() == pytest.approx(-loc * one.grad.item(), rel=2e-5)  # type: ignore[union-attr]
+    assert logs.grad.mean().item() == pytest.approx(-loc * one.grad.item(), rel=2e-5)
 
 
 def test_gradient_that_something_else_holds_is_not_written_to() -> None:

@@ -95,7 +95,7 @@ class TestBilinear(RuleContract):
 
 def layer(module: nn.Module) -> object:
     """The forward pass of a convolution layer, all of its padding modes included, with given weights."""
-    return lambda x, w, b=None: module._conv_forward(x, w, b)  # type: ignore[operator]
+    return lambda x, w, b=None: module._conv_forward(x, w, b)
 
 
 class TestConvolution(RuleContract):
@@ -257,9 +257,9 @@ class TestStaysUndrawn(RuleContract):
     def test_repeating_views_are_drawn(self, function: object) -> None:
         """A copy of an element is the same variable: one noise, and not one for each copy."""
         w = undrawn(torch.zeros(4, 3), torch.ones(4, 3))
-        out = function(w)  # type: ignore[operator]
+        out = function(w)
         assert type(out) is Tensor
-        assert torch.equal(out, function(w.draw()))  # type: ignore[operator]
+        assert torch.equal(out, function(w.draw()))
 
     def test_expand_to_the_same_shape_stays(self) -> None:
         w = undrawn(torch.zeros(4, 3), torch.ones(4, 3))
@@ -268,7 +268,7 @@ class TestStaysUndrawn(RuleContract):
     @pytest.mark.parametrize("like", [torch.zeros_like, torch.ones_like, torch.randn_like, lambda w: w.new_zeros(3)])
     def test_like_reads_no_number(self, like: object) -> None:
         w = undrawn(torch.zeros(4, 3, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64))
-        out = like(w)  # type: ignore[operator]
+        out = like(w)
         assert type(out) is Tensor
         assert out.dtype == torch.float64
         assert w.variable.value is None
@@ -279,7 +279,7 @@ def test_a_map_of_the_users_own_in_a_few_lines() -> None:
 
     def causal(x: Tensor, w: Tensor) -> Tensor:
         if torch.overrides.has_torch_function((x, w)):
-            return torch.overrides.handle_torch_function(causal, (x, w), x, w)  # type: ignore[no-any-return]
+            return torch.overrides.handle_torch_function(causal, (x, w), x, w)
         return torch.stack([(x[..., : t + 1] * w[: t + 1].flip(0)).sum(-1) for t in range(x.shape[-1])], -1)
 
     @vdo.register_rule(causal)

@@ -64,46 +64,6 @@ def test_without_a_plate() -> None:
         step(model, vdo.AutoFactorizedNormal(model), x, y)
 
 
-def around_the_network(net: Any, size: int | None) -> Model:
-    def model(x: Tensor, y: Tensor | None = None) -> None:
-        with pyro.plate("data", size or len(x), subsample_size=len(x)):
-            pyro.sample("y", dist.Categorical(logits=net(x)), obs=y)
-
-    return model
-
-
-def test_network_inside_of_a_subsampling_plate() -> None:
-    x, y = data()
-    model = around_the_network(bayesian(), N)
-    with pytest.raises(ValueError, match=r"'0\.weight' is sampled inside of plate 'data'.*20 of 60.*before the plate"):
-        step(model, vdo.AutoFactorizedNormal(model), x[:BATCH], y[:BATCH])
-
-
-def test_network_inside_of_a_plate_of_all_data() -> None:
-    x, y = data()
-    model = around_the_network(bayesian(), None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        step(model, vdo.AutoFactorizedNormal(model), x, y)
-    for name in ("0.weight", "2.weight"):
-        expected = rf"'{name}' is sampled inside of plate 'data'.*60 elements.*before the plate"
-        assert any(re.search(expected, str(warning.message)) for warning in caught)
-
-
-def test_a_network_for_each_group_is_no_mistake() -> None:
-    net = vdo.to_bayesian(nn.Linear(5, 1), vdo.LogUniform())
-
-    def model(x: Tensor, y: Tensor) -> None:
-        with pyro.plate("group", 3, dim=-2):
-            mean = net(x).squeeze(-1)
-            with pyro.plate("data", N, dim=-1):
-                pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
-
-    guide = vdo.AutoFactorizedNormal(model)
-    step(model, guide, torch.randn(3, N, 5), torch.randn(3, N))
-    assert guide.posteriors()["weight"].loc.shape == (3, 1, 1, 5)
-
-
 # --------------------------------------------------------------------------- 2. guide.eval()
 
 
@@ -433,12 +393,3 @@ def test_two_calls_in_one_model() -> None:
             vdo.AutoFactorizedNormal(in_plate(lambda x, second=second: one(x) + second(x))).setup(x, y)
     guide = vdo.AutoFactorizedNormal(in_plate(lambda x: one(x) + named(x))).setup(x, y)
     assert guide.site_names() == ["0.weight", "2.weight", "other.0.weight", "other.2.weight"]
-
-
-def test_weight_that_is_read_beside_a_call() -> None:
-    """Pyro gives a draw of the prior there, which is no site."""
-    x, y = data()
-    net = vdo.to_bayesian(layers(), dist.Normal(0.0, 1.0))
-    assert net[0].weight.shape == (4, 5)
-    with pytest.raises(ValueError, match=r"'2\.weight' is read in the model beside a call of its network.*PyroModule"):
-        vdo.AutoFactorizedNormal(in_plate(lambda x: net(x) @ net[2].weight)).setup(x, y)

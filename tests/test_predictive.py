@@ -32,7 +32,7 @@ def test_moments_are_remembered_for_the_same_numbers_only() -> None:
     moments, x, w, calls = Moments(), torch.ones(2), torch.ones(3), []
 
     def ask(*sources: torch.Tensor | None, name: str = "w") -> int:
-        moments.of(name, sources, lambda: calls.append(0) or (x, x))  # type: ignore[func-returns-value]
+        moments.of(name, sources, lambda: calls.append(0) or (x, x))
         return len(calls)
 
     assert [ask(x, w, None), ask(x, w, None), ask(x.view(2), w, None)] == [1, 1, 1]
@@ -55,7 +55,7 @@ def test_predictions_see_data_that_change_from_chunk_to_chunk() -> None:
 
     def model(x: torch.Tensor, in_place: bool) -> torch.Tensor:
         x = net_input.add_(1) if in_place else x + torch.rand(())
-        return pyro.deterministic("mean", net(x).squeeze(-1))  # type: ignore[no-any-return]
+        return pyro.deterministic("mean", net(x).squeeze(-1))
 
     for in_place in (False, True):
         guide = vdo.AutoFactorizedNormal(model, init_scale=1e-6).setup(torch.ones(3, 2), in_place)
@@ -120,24 +120,71 @@ def test_models_that_take_no_batches_of_samples_and_values_that_are_no_tensors_a
     net, x = vdo.to_bayesian(nn.Linear(3, 4), vdo.LogUniform()), torch.randn(5, 3)
 
     def model(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = net(x)
-        pyro.deterministic("total", outputs.sum())
-        return {"mean": pyro.deterministic("mean", outputs.mean(0))}
+        out = net(x)
+        pyro.deterministic("sum", out.sum())
+        return {"mean": pyro.deterministic("mean", out.mean(0))}
 
     guide = vdo.AutoFactorizedNormal(model, init_scale=0.1).setup(x)
     for sites, message in (
         (["mean"], "'mean' has shape (4,) in a single pass and (5, 4) with 3 samples at once. Let the model"),
-        (
-            ["total"],
-            "'total' has shape () in a single pass and () with 3 samples at once, which it mixes. Let the model",
-        ),
+        (["sum"], "'sum' has shape () in a single pass and () with 3 samples at once. Let the model"),
         (["_RETURN"], "'_RETURN' is of type dict, not a tensor"),
         (["means"], "the model has no sites ['means']"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             vdo.LocalPredictive(model, guide, 3, return_sites=sites, max_plate_nesting=1)(x)
     with pytest.raises(ValueError, match=re.escape("write return_sites=['mean']")):
-        vdo.LocalPredictive(model, guide, 3, return_sites="mean")  # type: ignore[arg-type]
+        vdo.LocalPredictive(model, guide, 3, return_sites="mean")
+
+
+@pytest.mark.parametrize("chunk", [4, 6])
+@pytest.mark.parametrize("plated", [False, True])
+def test_samples_are_not_paired_with_as_many_data_points(chunk: int, plated: bool) -> None:
+    torch.manual_seed(0)
+    net, x = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform()), torch.randn(6, 3)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        score = pyro.deterministic("score", net(x).tanh().sum(-1))
+        with pyro.plate("data", len(x)) if plated else nullcontext():
+            return pyro.sample("y", dist.Delta(score))
+
+    guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"]), init_scale=0.3).setup(x)
+    for nesting in (None, 1):
+        samples = vdo.LocalPredictive(model, guide, 12, chunk_size=chunk, max_plate_nesting=nesting)(x)
+        assert samples["y"].shape == samples["score"].shape == (12, 6)
+        assert len(torch.unique(samples["y"])) == len(torch.unique(samples["score"])) == 12 * 6
+
+
+@pytest.mark.parametrize("chunk", [4, 6])
+@pytest.mark.parametrize("plated", [False, True])
+def test_sequences_whose_positions_are_averaged_are_refused(chunk: int, plated: bool) -> None:
+    net, x = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform()), torch.randn(6, 5, 3)  # 6 sequences of 5
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        score = net(x).tanh().mean(-2).sum(-1)
+        with pyro.plate("data", len(x)) if plated else nullcontext():
+            return pyro.sample("y", dist.Delta(score))
+
+    guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"])).setup(x)
+    with pytest.raises(ValueError, match=r"'y' has shape \(6,\).*take Predictive"):
+        vdo.LocalPredictive(model, guide, 12, chunk_size=chunk)(x)
+
+
+def test_layers_that_take_no_samples_name_the_remedy() -> None:
+    net, x = (
+        vdo.to_bayesian(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), vdo.LogUniform()),
+        torch.randn(2, 3, 4),
+    )
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return pyro.deterministic("out", net(x))
+
+    guide = vdo.AutoFactorizedNormal(model).setup(x)
+    for nesting in (None, 1):
+        with pytest.raises(RuntimeError) as caught:
+            vdo.LocalPredictive(model, guide, 3, max_plate_nesting=nesting)(x)
+        assert "one sample passes, 3 at once do not. Let the model" in caught.value.__notes__[0]
+        assert "or take Predictive(model" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("nesting", [None, 1])
@@ -152,5 +199,5 @@ def test_samples_that_meet_each_other_are_refused(nesting: int | None) -> None:
             pyro.sample("y", dist.Normal(mean, 1.0))
 
     guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"])).setup(x)
-    with pytest.raises(ValueError, match=re.escape("'y' has shape (4, 4, 5) with 4 samples at once, which are dim")):
+    with pytest.raises(ValueError, match=r"'y' has shape \(5,\) in a single pass and \(4, 4.* with 4 samples at once"):
         vdo.LocalPredictive(model, guide, 4, max_plate_nesting=nesting)(x)

@@ -16,7 +16,6 @@ from pyro.infer import ELBO, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO,
 from torch import nn
 
 import pyro_vdo as vdo
-from pyro_vdo.drawn import PrunedDraw
 from tests.pruned_problem import NETWORKS, Problem, linear
 
 
@@ -89,24 +88,6 @@ def test_log_density_of_drawn_weights_leaves_pruned_ones_out() -> None:
         torch.testing.assert_close(torch.as_tensor(trace.nodes[name]["log_prob_sum"]), q)
         p = vdo.LogUniform().log_prob(drawn).sum()
         torch.testing.assert_close(torch.as_tensor(model.nodes[name]["log_prob_sum"]), p)
-
-
-@pytest.mark.parametrize("group", ["weight", "input", "output", "layer"])
-def test_pruned_weights_have_no_part_in_the_scale_of_drawn_ones(group: Any) -> None:
-    prior = vdo.EmpiricalBayesNormal(group)
-    q = vdo.GaussianDropoutNormal(torch.randn(6, 5), -1.0, kept=torch.rand(6, 5) < 0.5)
-    q.kept[0], q.kept[:, 1] = False, False
-    q.loc.mul_(q.kept)
-    plain = q.drawn().sample().detach().as_subclass(torch.Tensor).requires_grad_()
-    dims = {"weight": (), "input": 0, "output": 1, "layer": (0, 1)}[group]
-    second = plain.square()
-    if group != "weight":
-        second = (second.sum(dims, keepdim=True) / q.kept.sum(dims, keepdim=True).clamp(min=1)).expand(6, 5)
-    second = second.where(q.kept, 1.0)
-    expected = dist.Normal(0.0, second.sqrt()).log_prob(plain)[q.kept].sum()
-    found = prior.log_prob(PrunedDraw.of(plain, q.kept)).sum()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*torch.autograd.grad(found, plain), *torch.autograd.grad(expected, plain))
 
 
 def test_thresholds_anneal_and_masks_stay() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 
 import pyro
 import pytest
@@ -21,10 +23,34 @@ def test_piecewise_linear() -> None:
     assert vdo.piecewise_linear((2, 7.0))(-1) == vdo.piecewise_linear((2, 7.0))(3) == 7.0
 
 
-@pytest.mark.parametrize("points", [(), ((2, 1.0), (1, 0.0))])
+@pytest.mark.parametrize("points", [(), ((2, 1.0), (1, 0.0)), ((math.nan, 1.0), (1, 0.0)), ((0, 1.0), (math.inf, 0.0))])
 def test_piecewise_linear_needs_rising_epochs(points: tuple[tuple[float, float], ...]) -> None:
     with pytest.raises(ValueError, match="rising epochs"):
         vdo.piecewise_linear(*points)
+
+
+@pytest.mark.parametrize("points", [((0, math.nan),), ((0, 1.0), (1, math.inf))])
+def test_piecewise_linear_needs_values_with_a_line_between(points: tuple[tuple[float, float], ...]) -> None:
+    with pytest.raises(ValueError, match="make them finite"):
+        vdo.piecewise_linear(*points)
+    assert [vdo.piecewise_linear((1, math.inf), (1, 3.0))(t) for t in (0, 2)] == [math.inf, 3.0]  # a threshold, say
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (lambda: vdo.cosine_decay(10, 20), "cosine_decay: the way from start=20 to epochs=10 must lead forward"),
+        (lambda: vdo.cosine_decay(math.nan), "cosine_decay: the way from start=0.0 to epochs=nan"),
+        (lambda: vdo.cosine_decay(10, final=-0.1), "cosine_decay: final must be a number >= 0, not -0.1"),
+        (lambda: vdo.linear_decay(10, 20), "linear_decay: the way from start=20 to epochs=10 must lead forward"),
+        (lambda: vdo.linear_decay(10, final=math.nan), "linear_decay: final must be a number >= 0, not nan"),
+        (lambda: vdo.kl_warmup(20, 5), "kl_warmup: the way from start=20 to end=5 must lead forward"),
+        (lambda: vdo.kl_warmup(final=-1), "kl_warmup: final must be a number >= 0, not -1"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(schedule: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        schedule()
 
 
 def test_kl_warmup_is_the_published_one() -> None:

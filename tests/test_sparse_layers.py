@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -161,10 +162,10 @@ def test_modes_of_torch(layer: Any) -> None:
 def test_a_layer_that_is_too_dense_or_too_small_stays() -> None:
     layers = [thin(nn.Linear(784, 300), d) for d in (0.015, 0.3)]
     layers += [thin(nn.Linear(100, 10), 0.01), thin(nn.Conv2d(20, 50, 5), 0.005), thin(nn.Conv2d(1, 20, 5), 0.3)]
-    kinds = [type(layer) for layer in sparsify(nn.Sequential(*copy.deepcopy(layers)))]  # type: ignore[arg-type]
+    kinds = [type(layer) for layer in sparsify(nn.Sequential(*copy.deepcopy(layers)))]
     assert kinds == [SparseLinear, nn.Linear, nn.Linear, SparseConv2d, nn.Conv2d]
     half = sparsify(nn.Sequential(thin(nn.Linear(784, 300), 0.01).half()))
-    assert type(half[0]) is nn.Linear  # type: ignore[index]  no kernel for it
+    assert type(half[0]) is nn.Linear  # no kernel for it
 
 
 def test_without_the_kernels_everything_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,11 +182,11 @@ def test_shared_layers_and_subclasses_stay() -> None:
     other = nn.Linear(500, 500)
     other.weight = tied.weight
     net = sparsify(nn.Sequential(tied, other, thin(Own(500, 500), 0.01)))
-    assert [type(layer) for layer in net] == [nn.Linear, nn.Linear, Own]  # type: ignore[arg-type]
+    assert [type(layer) for layer in net] == [nn.Linear, nn.Linear, Own]
     inner = thin(nn.Linear(500, 500), 0.01)
     twice = sparsify(nn.Sequential(inner, nn.ReLU(), inner))
-    assert twice[0] is twice[2]  # type: ignore[index]
-    assert isinstance(twice[0], SparseLinear)  # type: ignore[index]
+    assert twice[0] is twice[2]
+    assert isinstance(twice[0], SparseLinear)
 
 
 def test_only_linear_layers_see_the_transposed_order() -> None:
@@ -195,8 +196,8 @@ def test_only_linear_layers_see_the_transposed_order() -> None:
     dense = copy.deepcopy(net)
     sparse = sparsify(net)
     x = torch.randn(4, 300)
-    assert sparse[0].transposed_result  # type: ignore[index]
-    assert not sparse[2].transposed_result  # type: ignore[index]
+    assert sparse[0].transposed_result
+    assert not sparse[2].transposed_result
     torch.testing.assert_close(sparse(x), dense(x).detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -233,3 +234,17 @@ assert "pyro" not in sys.modules
 def test_the_file_works_alone_without_pyro() -> None:
     path = Path(sparse_layers.__file__)
     subprocess.run([sys.executable, "-c", WITHOUT_PYRO, str(path)], check=True)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(2, 3, 3)], ids=["linear", "convolution"])
+def test_tracing_names_the_forms_that_can_be_traced(layer: nn.Module) -> None:
+    sparse = sparsify(nn.Sequential(layer), everywhere=True)
+    x = torch.randn(2, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 2, 5, 5)
+    sparse(x)
+    traces: list[Callable[[], object]] = [lambda: torch.jit.trace(sparse, x)]
+    if hasattr(torch.compiler, "is_exporting"):
+        traces += [lambda: torch.export.export(sparse, (x,), strict=False)]
+        traces += [lambda: torch.export.export(sparse, (x,), strict=True)]
+    for trace in traces:
+        with pytest.raises(Exception, match=r"Export the network with form='masked' or 'compact'"):
+            trace()

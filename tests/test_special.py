@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, vmap
 
 from pyro_vdo import _compat, special
-from pyro_vdo.log_uniform_fit import curvature_of_ratio, fit_for, kl_of_ratio, slope_of_ratio
+from pyro_vdo.log_uniform_fit import curvature_of_ratio, slope_of_ratio
 from pyro_vdo.numerics import sums
 from pyro_vdo.special import (
     dawson,
@@ -23,49 +23,15 @@ from pyro_vdo.special import (
     normal_log_uniform_kl,
     use_compiled,
 )
-from tests.accuracy import numbers, worst
+from tests.accuracy import DTYPES, KL_TOLERANCE, SLOPE_TOLERANCE, mp_dawson, mp_kl, mp_slope, numbers, ratios, worst
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "log_uniform_kl.json").read_text())
-DTYPES = [torch.float64, torch.float32]
-# absolute-or-relative for the KL, relative for its derivative
-KL_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
-SLOPE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 @pytest.fixture(autouse=True)
 def _digits():
     with mp.workdps(40):
         yield
-
-
-def mp_dawson(x):
-    if x < 12:
-        return mp.sqrt(mp.pi) / 2 * mp.exp(-x * x) * mp.erfi(x)
-    return mp.nsum(lambda k: mp.fac2(2 * k - 1) / (2 * x * x) ** k, [0, 60]) / (2 * x)
-
-
-def mp_kl(r):
-    """The 2F2 series of the KL, and its asymptotic series beyond t = 300."""
-    t = mp.mpf(r) ** 2
-    if t > 300:
-        tail = sum(mp.fac2(2 * k - 1) / (2 * k * t**k) for k in range(1, 60))
-        return (mp.log(t) + mp.euler + mp.log(2)) / 2 - tail
-    with mp.workdps(50 + int(t / 4)):
-        term, total, k = mp.mpf(1), mp.mpf(0), 0
-        while abs(term) > mp.mpf(10) ** -45 or k < t:
-            total += term
-            term *= -t / 2 * mp.mpf(k + 1) / ((k + mp.mpf(3) / 2) * (k + 2))
-            k += 1
-        return t / 2 * total
-
-
-def mp_slope(r):
-    return mp.sqrt(2) * mp_dawson(r / mp.sqrt(2))
-
-
-def ratios(dtype, count=301, limit=20.0):
-    """r on a grid of log alpha = -2 log r, away from round numbers."""
-    return torch.exp(-0.5 * torch.linspace(-limit, limit, count, dtype=torch.float64) + 0.0123).to(dtype)
 
 
 def unit_scale_terms(r):
@@ -91,31 +57,6 @@ def test_kl_matches_stored_reference(dtype):
     assert worst(kl, REFERENCE["kl"], 1.0) < KL_TOLERANCE[dtype]
     (slope,) = torch.autograd.grad(kl.sum(), log_alpha)
     assert worst(slope, REFERENCE["dkl_dlog_alpha"]) < SLOPE_TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", ["chunked", "composed"])
-def test_kl_and_slope_on_a_dense_grid_keep_relative_accuracy(dtype, path):
-    r = ratios(dtype)
-    kl, slope = unit_scale_terms(r) if path == "chunked" else (kl_of_ratio(r), slope_of_ratio(r))
-    # Relative everywhere: the KL is 1e-9 at one end of the grid.
-    assert worst(kl, [mp_kl(x) for x in numbers(r)]) < KL_TOLERANCE[dtype]
-    assert worst(slope, [mp_slope(x) for x in numbers(r)]) < SLOPE_TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize(("dtype", "value_bound", "slope_bound"), [(DTYPES[0], 2e-14, 4e-14), (DTYPES[1], 4e-8, 2e-7)])
-def test_rational_approximations_are_as_good_as_stated(dtype, value_bound, slope_bound):
-    """Recomputes, between the points of the fit, what the two fits approximate."""
-    fit = fit_for(dtype)
-    value, slope = [], []
-    for k in range(-30, 31):
-        t = mp.exp(mp.mpf(k) / 3 + mp.mpf("0.1"))
-        ratio = [mp.polyval([mp.mpf(c) for c in reversed(cs)], t) for cs in fit[1:3] + fit[4:6]]
-        value.append(abs(ratio[0] / ratio[1] * t / mp.expm1(2 * mp_kl(mp.sqrt(t))) - 1))
-        exact = mp_slope(mp.sqrt(t)) * (t + fit.shift) / mp.sqrt(t)
-        slope.append(abs(ratio[2] / ratio[3] / exact - 1))
-    assert max(value) < value_bound
-    assert max(slope) < slope_bound
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 4e-12), (torch.float32, 2e-5)])

@@ -19,7 +19,7 @@ from tests.one_step import loss_and_gradients, program
 
 def test_graph_of_the_kl_is_one_node_between_the_parameters_and_the_sum() -> None:
     loc, log_scale = torch.randn(3, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)
-    kl, _ = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))  # type: ignore[misc]
+    kl, _ = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))
     leaves = [node for node, _ in kl.grad_fn.next_functions]
     assert [type(node).__name__ for node in leaves[:2]] == ["AccumulateGrad"] * 2
 
@@ -59,7 +59,7 @@ def test_fused_and_composed_steps_agree(
 def test_sum_is_safe_at_both_ends_of_the_range(loc: float, log_scale: float) -> None:
     mean = torch.full((5,), loc, requires_grad=True)
     log = torch.full((5,), log_scale, requires_grad=True)
-    kl, entropy = log_uniform_sums(mean, log, fused.constant_variance(log.detach()))  # type: ignore[misc]
+    kl, entropy = log_uniform_sums(mean, log, fused.constant_variance(log.detach()))
     gradients = torch.autograd.grad(kl, (mean, log))
     exact_mean, exact_log = (x.detach().double().requires_grad_() for x in (mean, log))
     expected = special.normal_log_uniform_kl(exact_mean, exact_log.exp()).sum()
@@ -75,7 +75,7 @@ def test_second_derivatives() -> None:
     log_scale = torch.randn(4, dtype=torch.float64, requires_grad=True)
 
     def kl(loc: Tensor, log_scale: Tensor) -> Tensor:
-        return log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))[0]  # type: ignore[index]
+        return log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))[0]
 
     assert torch.autograd.gradcheck(kl, (loc, log_scale))
     assert torch.autograd.gradgradcheck(kl, (loc, log_scale))
@@ -93,7 +93,7 @@ def test_compiled_kernels_agree_with_the_others_for_any_number_of_elements(
         results = []
         for compiled in (False, True):
             with vdo.use_compiled(compiled):
-                kl, law = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))  # type: ignore[misc]
+                kl, law = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))
                 results.append((kl, law, *torch.autograd.grad(kl + 0.5 * law, (loc, log_scale))))
         for expected, got in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)

@@ -141,6 +141,11 @@ def test_schedules_move_with_every_step() -> None:
     assert [row["kl_weight"] for row in history] == pytest.approx([1 / 3, 5 / 6])
 
 
+def test_a_schedule_that_turns_negative_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lr_schedule gives -0\.5 after 3 epochs; it must be >= 0"):
+        Case().fit([data()], epochs=4, lr_schedule=lambda epoch: 1 - epoch / 2)
+
+
 def test_options_of_single_parameters() -> None:
     case = Case()
     before = clone(case.guide.setup(*data()).state_dict())
@@ -283,7 +288,7 @@ def test_early_stopping_needs_its_column() -> None:
     with pytest.raises(ValueError, match="early_stop monitors 'val_x'; the columns are"):
         Case().fit(early_stop=vdo.EarlyStop("val_x"))
     with pytest.raises(ValueError, match="mode"):
-        vdo.EarlyStop("loss", mode="least")  # type: ignore[arg-type]
+        vdo.EarlyStop("loss", mode="least")
     with pytest.raises(ValueError, match="patience"):
         vdo.EarlyStop("loss", patience=0)
 

@@ -222,7 +222,7 @@ def test_optimizers_with_a_closure_or_sparse_gradients_and_of_own_classes() -> N
     own.step()
     untrusted.check_optimizer(Own([param], 7), own.state_dict())
     lbfgs = torch.optim.LBFGS([param])
-    lbfgs.step(lambda: (param.square().sum()).backward() or param.square().sum())  # type: ignore[func-returns-value]
+    lbfgs.step(lambda: (param.square().sum()).backward() or param.square().sum())
     untrusted.check_optimizer(torch.optim.LBFGS([param]), lbfgs.state_dict())
     sparse = torch.optim.SparseAdam([param])
     param.grad = torch.sparse_coo_tensor([[1]], [1.0], (3,), check_invariants=True)

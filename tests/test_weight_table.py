@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any
 
@@ -201,3 +202,20 @@ def test_rows_take_labels() -> None:
         vdo.summary(guide, var_names="w", coords={"w": [["up"], ["age"]]})
     with pytest.raises(ValueError, match=r"coords names \['v'\], which are no sites"):
         vdo.summary(guide, coords={"v": [["up"]]})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_half_precision_are_not_rounded_to_it(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    priors = {nn.Linear: vdo.LogUniform(), vdo.UnitNoise: TruncatedLogUniform()}
+    bayesian = vdo.to_bayesian(vdo.add_unit_noise(net, ["0"]).to(dtype), priors)
+    x = torch.randn(5, 3, dtype=dtype)
+    guide = vdo.AutoFactorizedNormal(lambda x: bayesian(x), init_scale=0.3).setup(x)
+    table, wide = vdo.summary(guide), copy.deepcopy(guide)
+    with torch.no_grad():
+        for name in guide.site_names():  # the standard deviation that is in use, in float32
+            part, q = wide.site_posterior(name), guide.site_posterior(name)
+            wide._site(name).log_scale.data = q.scale.float().log()
+            wide._site(name).loc.data = part.loc.float()
+    columns = list(table.columns[:4])
+    np.testing.assert_allclose(table[columns], vdo.summary(wide)[columns], rtol=1e-4, atol=1e-5)

@@ -90,7 +90,7 @@ def same(what: str, found: set[str], wanted: set[str]) -> None:
         sys.exit(f"{what}: too many {sorted(found - wanted)}, missing {sorted(wanted - found)}")
 
 
-def check_wheel(wheel: Path, names: list[str], project: dict) -> None:  # type: ignore[type-arg]
+def check_wheel(wheel: Path, names: list[str], project: dict) -> None:
     """Nothing but the package, its types and its metadata, which say what ``pyproject.toml`` says."""
     version = project["version"]
     info = f"pyro_vdo-{version}.dist-info/"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vdo.compression.sparse_layers import Select, SparseConv2d, SparseLinear, has_hooks
 
@@ -152,7 +152,7 @@ def _same_options(rebuilt: nn.Module, module: nn.Module) -> bool:
 
 def _argument(module: nn.Module, name: str) -> Any:
     if name == "nonzero":
-        return len(module.values)  # type: ignore[arg-type]
+        return len(cast(Tensor, module.values))
     value = getattr(module, name, None)
     if name == "bias":
         return value is not None

@@ -111,6 +111,12 @@ class _Csr(nn.Module):
 
     def _operands(self) -> _Operands:
         """What the product takes, sharing memory with the buffers; made anew where these are others than before."""
+        exporting = getattr(torch.compiler, "is_exporting", bool)()  # torch 2.6 does not tell
+        if exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot be traced: torch.export, torch.onnx and torch.jit.trace take no sparse "
+                "tensors. Export the network with form='masked' or 'compact', whose layers are dense."
+            )
         cached, buffers = self._cached, self._buffers
         if cached is not None and cached[3] is buffers["values"] and cached[4] is buffers["bias"]:
             return cached
@@ -269,6 +275,7 @@ class SparseConv2d(_Csr):
             return _in_own_precision(self, x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        weight, _, column, _, _ = self._operands()
         unpadded = x
         if any(self.padding):
             x = F.pad(x, self.padding, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
@@ -280,7 +287,6 @@ class SparseConv2d(_Csr):
                 f"SparseConv2d: input of shape {tuple(x.shape)} (padded), but {self.in_channels} channels and at "
                 f"least the kernel {self.kernel_size} are needed"
             )
-        weight, _, column, _, _ = self._operands()
         span = (rows - 1) * width + columns
         shape = (self.out_channels, -(-rows // self.stride[0]), -(-columns // self.stride[1]))
         offsets = self._run_starts(height, width)

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -23,6 +23,8 @@ from pyro_vdo.compression import coding
 from pyro_vdo.compression.architecture import ArchitectureError, build, describe
 from pyro_vdo.compression.sparse_layers import Select, SparseConv2d, SparseLinear
 from pyro_vdo.loop.checkpoint import read_file, write_atomically
+
+Parsed = TypeVar("Parsed")
 
 FORMAT = "pyro-vdo export"
 VERSION = 1
@@ -142,7 +144,7 @@ def load(path: str | os.PathLike[str], skeleton: nn.Module | None = None, *, max
     :raises ExportFileError: for files that are missing, truncated, changed, too large, made by a newer version, or made
         to do harm; the message says which.
     """
-    return _guarded(path, lambda data: from_bytes(data, skeleton, max_bytes=max_bytes), max_bytes)  # type: ignore[no-any-return]
+    return _guarded(path, lambda data: from_bytes(data, skeleton, max_bytes=max_bytes), max_bytes)
 
 
 def read_header(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -150,10 +152,10 @@ def read_header(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> 
 
     :raises ExportFileError: as for :func:`load`.
     """
-    return _guarded(path, lambda data: _parse(data)[0], max_bytes)  # type: ignore[no-any-return]
+    return _guarded(path, lambda data: _parse(data)[0], max_bytes)
 
 
-def _guarded(path: str | os.PathLike[str], parse: Callable[[bytes], Any], max_bytes: int) -> Any:
+def _guarded(path: str | os.PathLike[str], parse: Callable[[bytes], Parsed], max_bytes: int) -> Parsed:
     try:
         return parse(read_file(path, max_bytes))
     except (OSError, ExportFileError) as error:

@@ -70,7 +70,7 @@ class GaussianDropoutNormal(FactorizedNormal):
             kept=kept,
             validate_args=False if validate_args is None else validate_args,
         )
-        self._own_log_alpha = log_alpha
+        self._log_noise = log_alpha
 
     @property
     def theta(self) -> Tensor:
@@ -84,16 +84,21 @@ class GaussianDropoutNormal(FactorizedNormal):
         return self._log_scale
 
     @property
+    def log_noise(self) -> Tensor:
+        """log of the variance of the noise, of the shape of the weight; where theta = 0 as well."""
+        return self._log_noise.expand(self.batch_shape)
+
+    @property
     def log_alpha(self) -> Tensor:
-        """log alpha, of the shape of the weight."""
-        return self._own_log_alpha.expand(self.batch_shape)
+        """log alpha, of the shape of the weight; inf where theta = 0, as such a weight is 0 in every sample."""
+        return torch.where(self.loc == 0, torch.inf, self.log_noise)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> GaussianDropoutNormal:
         """The same distribution over a larger batch."""
         theta = self.loc.expand(batch_shape)
         kept = None if self.kept is None else self.kept.expand(batch_shape)
         return GaussianDropoutNormal(
-            theta, self._own_log_alpha, name=self.name, policy=self.policy, kept=kept, validate_args=False
+            theta, self._log_noise, name=self.name, policy=self.policy, kept=kept, validate_args=False
         )
 
     def rsample(self, sample_shape: Any = (), *, event_dim: int | None = None) -> Tensor:
@@ -108,7 +113,7 @@ class GaussianDropoutNormal(FactorizedNormal):
             event_dim=event_dim,
             kept=None if self.kept is None else self.kept.expand(shape),
         )
-        weight.log_alpha = self._own_log_alpha
+        weight.log_alpha = self._log_noise
         return weight
 
     def drawn(self) -> dist.Normal:

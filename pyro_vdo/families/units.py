@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pyro.infer.autoguide import AutoGuideList
@@ -222,8 +222,8 @@ def _fold_sequential(parent: nn.Sequential) -> None:
         passed = _HOMOGENEOUS if bool((scale >= 0).all()) else (nn.Identity,)
         before = next((layer for layer in reversed(layers[:at]) if not isinstance(layer, passed)), None)
         after = next((layer for layer in layers[at + 1 :] if not isinstance(layer, nn.Identity)), None)
-        if _has_units(before, noise, "out"):
-            scale_outputs(before, scale)  # type: ignore[arg-type]
+        if before is not None and _has_units(before, noise, "out"):
+            scale_outputs(before, scale)
         elif isinstance(after, LINEAR_LAYERS) and _has_units(after, noise, "in"):
             scale_inputs(after, scale)
         else:
@@ -231,27 +231,27 @@ def _fold_sequential(parent: nn.Sequential) -> None:
         parent[at] = layers[at] = nn.Identity()
 
 
-def _has_units(layer: nn.Module | None, noise: UnitNoise, side: str) -> bool:
+def _has_units(layer: nn.Module, noise: UnitNoise, side: str) -> bool:
     """True if ``layer`` has the units of ``noise`` on its ``side``, in the same place."""
     if isinstance(layer, _BatchNorm):
         return side == "out" and layer.affine and layer.num_features == noise.units
     if not isinstance(layer, LINEAR_LAYERS):
         return False
     counts = [getattr(layer, f"{side}_{what}", None) for what in ("features", "channels")]
-    return noise.units in counts and noise.positions == layer.weight.dim() - 2  # type: ignore[operator]
+    return noise.units in counts and noise.positions == cast(Tensor, layer.weight).dim() - 2
 
 
 @torch.no_grad()
 def scale_outputs(layer: nn.Module, scale: Tensor) -> None:
     """Multiply the outputs of a linear, convolutional or batch normalisation layer by ``scale``, in place."""
-    weight: Any = layer.weight
+    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
     if isinstance(layer, _TRANSPOSED):  # (in, out / groups, *kernel)
         table = scale.reshape(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)
         weight.mul_(table.reshape(*table.shape, *(1,) * (weight.dim() - 2)))
     else:
         weight.mul_(scale.reshape(-1, *(1,) * (weight.dim() - 1)))
-    if layer.bias is not None:
-        layer.bias.mul_(scale)  # type: ignore[operator]
+    if bias is not None:
+        bias.mul_(scale)
 
 
 @torch.no_grad()

@@ -187,6 +187,9 @@ class Run(Resumable):
         settings = self.settings
         position = self.epoch + (at / self._num_batches if self._num_batches else 0.0)
         self._kl_weight = float(settings.kl_weight(position))
+        factor = None if settings.lr_schedule is None else float(settings.lr_schedule(position))
+        if factor is not None and not factor >= 0:
+            raise ValueError(f"fit: lr_schedule gives {factor} after {position:g} epochs; it must be >= 0")
         saved = self._saved_buffers()
         try:
             loss = self._loss_and_grads(self._kl_weight)
@@ -203,8 +206,8 @@ class Run(Resumable):
             self._mutable = [buffer for buffer, value in saved if not torch.equal(buffer, value)]
         data_term = self._data_term(loss)  # before the step, which changes the parameters of recorded distributions
         self.optimizer.prepare(self._params)
-        if settings.lr_schedule is not None:
-            self.optimizer.set_factor(float(settings.lr_schedule(position)))
+        if factor is not None:
+            self.optimizer.set_factor(factor)
         self.optimizer.step(list(self._used.values()))
         for param in self._params.values():
             param.grad = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from pyro_vdo import _compat, special
 from pyro_vdo.log_uniform_fit import fit_for, horner, kl_of_ratio, slope_of_ratio
 from pyro_vdo.numerics import fused
 
+Result = TypeVar("Result")
 # Up to here the number of calls costs more than the arithmetic.
 _SHORT = 2**13
 # Compiled kernels are for any number of elements in a row but 1.
@@ -146,7 +147,7 @@ def _kernel_gradient(
 _compiled: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
 
 
-def _best(chunked: Callable[..., Any], kernel: Callable[..., Any], *args: Tensor, **options: Any) -> Any:
+def _best(chunked: Callable[..., Result], kernel: Callable[..., Result], *args: Tensor, **options: Any) -> Result:
     """``kernel(*args)``, compiled where that is wanted, possible and worth it; else ``chunked(*args)``."""
     if not special.use_compiled.enabled or args[0].numel() < _SMALLEST_COMPILED:
         return chunked(*args, **options)
@@ -180,9 +181,9 @@ def both_gradients(
     :param by_variance: as :func:`both_sums` found.
     """
     if not by_variance:
-        return _best(_composed_gradient, _composed_gradient, loc, log_scale, *weights)  # type: ignore[no-any-return]
+        return _best(_composed_gradient, _composed_gradient, loc, log_scale, *weights)
     scales = log_scale if variance is None else variance
-    return _best(_chunked_gradient, _kernel_gradient, loc, scales, *weights, of_log_scale=variance is None)  # type: ignore[no-any-return]
+    return _best(_chunked_gradient, _kernel_gradient, loc, scales, *weights, of_log_scale=variance is None)
 
 
 class _LogUniformSums(Function):

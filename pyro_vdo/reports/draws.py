@@ -302,8 +302,8 @@ class Sampler:
         for name, site in trace.nodes.items():
             predicted = name in self.sites and self.sites[name].kind == "predicted"
             if site["type"] == "sample" and not site_is_subsample(site) and not predicted:
-                own = instead is None or name not in instead
-                total = total + (self._sum(site["log_prob"], size) if own else instead[name]).to(total)  # type: ignore[index]
+                own = instead[name] if instead and name in instead else self._sum(site["log_prob"], size)
+                total = total + own.to(total)
         return total
 
     def _sum(self, log_prob: Tensor, size: int | None) -> Tensor:

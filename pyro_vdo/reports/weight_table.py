@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor
 from torch.distributions import Normal, transforms
 
+from pyro_vdo.numerics import fused
 from pyro_vdo.relevance import THRESHOLD, checked_threshold
 from pyro_vdo.reports import _arviz
 from pyro_vdo.reports.draws import Sampler, evaluating
@@ -109,15 +111,19 @@ def _parameters(
 
 
 def _rows(q: SiteParameters, interval: _arviz.Interval) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, standard deviation and both ends of the interval, elementwise."""
-    loc, scale = q.loc, q.scale
+    """Mean, standard deviation and both ends of the interval, elementwise; in float32 for half precision."""
+    loc, scale = fused.widened(q.loc), fused.widened(q.scale)
     if q.transform is None and isinstance(q.law, Normal):
         if q.pruned is not None:
             loc, scale = loc.masked_fill(q.pruned, 0.0), scale.masked_fill(q.pruned, 0.0)
         half = scale * float(torch.special.ndtri(torch.tensor(0.5 + 0.5 * interval.prob, dtype=torch.float64)))
         return loc, scale, loc - half, loc + half
     if q.transform is None:
-        return q.law.mean, q.law.stddev, *_ends(q.law.icdf, interval, loc)
+        law = q.law
+        if law.loc.dtype != loc.dtype:
+            law = copy.copy(law)
+            law.loc, law.scale = loc, scale
+        return law.mean, law.stddev, *_ends(law.icdf, interval, loc)
     loc, scale = loc.double(), scale.double()
     if _elementwise(q.transform):
         normal = Normal(loc, scale, validate_args=False)

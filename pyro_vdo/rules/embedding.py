@@ -22,12 +22,12 @@ _BAG = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_fr
 def _over_particles(lookup: Callable[[Tensor, Tensor], Tensor], *parameters: Tensor) -> Tensor | None:
     """``lookup(loc, scale)`` once for each particle: parameters (*particles, 1, V, D) -> (*particles, *out)."""
     lead = parameters[0].shape[:-2]
-    singles = [core(parameter, 2) for parameter in parameters]
-    if any(single is None for single in singles):
+    singles = [single for parameter in parameters if (single := core(parameter, 2)) is not None]
+    if len(singles) < len(parameters):
         return None
     while lead and lead[-1] == 1:  # plates of the data, which the index has
         lead = lead[:-1]
-    outs = [lookup(*singles) for _ in range(lead.numel())]  # type: ignore[arg-type]
+    outs = [lookup(*singles) for _ in range(lead.numel())]
     return torch.stack(outs).reshape(*lead, *outs[0].shape)
 
 
