@@ -58,21 +58,29 @@ class Case:
 
     def data(self, dtype: torch.dtype) -> Tensor:
         if isinstance(self.x, Tensor):
-            return self.x
-        return torch.randn(self.x, dtype=torch.float64, generator=generator(1)).to(dtype)
+            return self.x.to(default_device())
+        return normal(self.x, 1, dtype)
 
     def parameters(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(loc, scale) of the weight and, if there is one, of the bias."""
         out = []
         for number, shape in enumerate(s for s in (self.w, self.b) if s is not None):
-            loc = torch.randn(shape, dtype=torch.float64, generator=generator(2 + number))
-            scale = 0.2 + torch.rand(shape, dtype=torch.float64, generator=generator(4 + number))
-            out.append((loc.to(dtype), scale.to(dtype)))
+            scale = 0.2 + torch.rand(shape, dtype=torch.float64, generator=generator(4 + number), device="cpu")
+            out.append((normal(shape, 2 + number, dtype), scale.to(default_device(), dtype)))
         return out
+
+
+def default_device() -> torch.device:
+    return torch.empty(0).device
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def normal(shape: Any, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(shape, dtype=torch.float64, generator=generator(seed), device="cpu").to(default_device(), dtype)
 
 
 def undrawn(loc: Tensor, scale: Tensor, name: str = "w", **kwargs: Any) -> GaussianWeight:
@@ -154,7 +162,7 @@ class RuleContract:
             noise = torch.where(std > 0, (out - mean) / std, torch.zeros_like(std))
         positive = torch.where(var > 0, var, torch.ones_like(var))
         reference = mean + torch.where(var > 0, positive.sqrt(), torch.zeros_like(var)) * noise
-        direction = torch.randn(out.shape, dtype=out.dtype, generator=generator(7))
+        direction = normal(out.shape, 7, out.dtype)
         got = torch.autograd.grad((out * direction).sum(), leaves)
         expected = torch.autograd.grad((reference * direction).sum(), leaves)
         for a, b in zip(got, expected, strict=True):
@@ -181,7 +189,7 @@ class RuleContract:
         leaves = [tensor.requires_grad_() for pair in parameters for tensor in pair]
         wide = x.double() if x.is_floating_point() else x
         mean, var = exact_moments(case, wide, [(loc.double(), scale.double()) for loc, scale in parameters])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             out, weights = draw(case, x, parameters)
         assert all(weight.variable.value is None for weight in weights)
         # bfloat16 has 8 bits: 2^-8 of the largest term in a sum of products is an error that it may make.

@@ -260,6 +260,8 @@ def _patch_torch(patch: pytest.MonkeyPatch, mode: PretendedCuda) -> None:
         device = property(lambda self: self.pretended)
 
     of_cuda = generator_class()
+    csr = torch.sparse_csr_tensor
+    patch.setattr(torch, "sparse_csr_tensor", lambda *args, device=None, **options: csr(*args, device="cpu", **options))
     patch.setattr(torch, "tensor", patched_tensor)
     patch.setattr(torch, "as_tensor", patched_as_tensor)
     patch.setattr(nn.Module, "to", patched_module_to)

@@ -186,17 +186,7 @@ def test_a_guide_that_moves(cuda: PretendedCuda) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "mlp",
-        "empirical Bayes, layer",
-        "Normal",
-        "horseshoe",
-        "Gaussian dropout",
-        "covariance",
-        "noise on units",
-        "large",
-        "batch norm",
-    ],
+    ["mlp", "large", "empirical Bayes, layer", "Normal", "horseshoe", "Gaussian dropout", "covariance", "batch norm"],
 )
 def test_reports_and_predictions(name: str, cuda: PretendedCuda) -> None:
     net, model, guide, args = PROGRAMS[name].build()
@@ -229,6 +219,12 @@ def test_export(name: str, form: str | None, cuda: PretendedCuda, tmp_path: Path
     loaded = vdo.load(tmp_path / "small", skeleton=Words() if name == "embedding" else None)
     torch.testing.assert_close(loaded(x.cpu()), expected.cpu(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loaded.to("cuda")(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_default_device_leaves_sparse_layers_where_they_are() -> None:
+    layer = SparseLinear.from_dense(nn.Linear(4, 3))
+    with torch.device("meta"):
+        assert layer.matrix().device.type == "cpu"
 
 
 def test_sparse_layers(cuda: PretendedCuda) -> None:

@@ -128,8 +128,8 @@ class _Csr(nn.Module):
             )
         with torch.inference_mode(False), warnings.catch_warnings():  # torch says once that CSR is in beta state
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support|Sparse invariant checks")
-            parts = (self.crow, self.col, self.values)
-            weight = torch.sparse_csr_tensor(*parts, self.matrix_shape, check_invariants=False)
+            parts, where = (self.crow, self.col, self.values), self.values.device  # not torch's default device
+            weight = torch.sparse_csr_tensor(*parts, self.matrix_shape, device=where, check_invariants=False)
             bias = self.values.new_zeros(self.matrix_shape[0]) if self.bias is None else self.bias
             self._cached = (weight, bias, bias.unsqueeze(1), self.values, self.bias)
         return self._cached
