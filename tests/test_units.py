@@ -302,3 +302,8 @@ def test_predictions_of_a_network_in_bfloat16(parallel: bool) -> None:
     assert Predictive(model, num_samples=2, parallel=parallel)(x)["y"].shape == (2, 5)
     guide = vdo.AutoFactorizedNormal(model).setup(x)
     assert Predictive(model, guide=guide, num_samples=2, parallel=parallel)(x)["y"].shape == (2, 5)
+
+
+def test_noise_comes_before_the_conversion() -> None:
+    with pytest.raises(ValueError, match="converted already. The noise comes first: to_bayesian"):
+        vdo.add_unit_noise(vdo.to_bayesian(mlp(), vdo.LogUniform()))

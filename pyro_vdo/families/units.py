@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pyro.infer.autoguide import AutoGuideList
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -88,8 +89,13 @@ def add_unit_noise(
         the last on the side of the outputs (these are the network's own), and all on the side of the inputs.
     :param side: scale the outputs of a layer (its child is then ``noise``) or its inputs (``noise_in``).
     :raises TypeError: if ``where`` is neither names nor a function.
-    :raises ValueError: for unknown names or sides, layers of another type, or if no layer is left.
+    :raises ValueError: for unknown names or sides, layers of another type, a converted network, or if no layer is left.
     """
+    if isinstance(net, PyroModule):
+        raise ValueError(
+            "add_unit_noise: the network is converted already. The noise comes first: "
+            "to_bayesian(add_unit_noise(net), {UnitNoise: TruncatedLogUniform(), ...})"
+        )
     if side not in ("output", "input"):
         raise ValueError(f"add_unit_noise: side must be 'output' or 'input', not {side!r}")
     noisy = copy.deepcopy(net)
