@@ -364,9 +364,12 @@ def compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
     """
     if inputs[0].device.type != "cpu":
         return torch.compile(graph.forward, dynamic=True, fullgraph=True)
-    from torch._inductor.compile_fx import compile_fx  # late, as it takes a second
+    # late, as it takes a second
+    from torch._dynamo.utils import get_metrics_context
+    from torch._inductor.compile_fx import compile_fx
 
-    return cast(Callable[..., Any], compile_fx(graph, inputs))
+    with get_metrics_context():  # in which torch 2.6 counts what it finds in its cache
+        return cast(Callable[..., Any], compile_fx(graph, inputs))
 
 
 def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., Any] | None:

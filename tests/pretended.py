@@ -284,7 +284,7 @@ def _patch_torch(patch: pytest.MonkeyPatch, mode: PretendedCuda) -> None:
 def pretended_cuda() -> Iterator[PretendedCuda]:
     """While it lasts, ``torch.device("cuda")`` is there."""
     mode = PretendedCuda()
-    torch._C._ensureCUDADeviceGuardSet()
+    getattr(torch._C, "_ensureCUDADeviceGuardSet", bool)()  # torch 2.6 has none and needs none
     shared._segments.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         for module in (special, sums):

@@ -19,7 +19,7 @@ from pyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, 
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo import special
+from pyro_vdo import _compat, special
 from pyro_vdo.compression.sparse_layers import SparseConv2d, SparseLinear, sparsify
 from pyro_vdo.rules.embedding import _numbered
 
@@ -266,7 +266,12 @@ def test_special_functions_wait_for_nothing(dtype: torch.dtype, cuda: PretendedC
             torch.testing.assert_close(got.cpu(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def test_use_compiled_goes_on_where_nothing_can_compile(cuda: PretendedCuda) -> None:
+def test_use_compiled_goes_on_where_nothing_can_compile(cuda: PretendedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch's own compiler, stopped by the pretence, could not be used by tests after this one.
+    def without_compiler(*_: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(_compat, "compile_graph", without_compiler)
     _, model, guide, args = PROGRAMS["large"].build()
     with vdo.use_compiled():
         step(model, guide, args)

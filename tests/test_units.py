@@ -305,5 +305,5 @@ def test_predictions_of_a_network_in_bfloat16(parallel: bool) -> None:
 
 
 def test_noise_comes_before_the_conversion() -> None:
-    with pytest.raises(ValueError, match="converted already. The noise comes first: to_bayesian"):
+    with pytest.raises(ValueError, match=r"converted already\. The noise comes first: to_bayesian"):
         vdo.add_unit_noise(vdo.to_bayesian(mlp(), vdo.LogUniform()))
