@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from pyro_vdo import kl as _kl  # noqa: F401  registers the divergences
+from pyro_vdo._version import __version__ as __version__
 from pyro_vdo.batches import TensorBatches
 from pyro_vdo.compression.compact import compact_module
 from pyro_vdo.compression.dependency import ExportError
@@ -52,8 +53,6 @@ from pyro_vdo.special import use_compiled
 from pyro_vdo.training import fit
 from pyro_vdo.variables import ReuseError, ReuseWarning
 from pyro_vdo.weights import GaussianWeight, register_rule
-
-__version__ = "0.1.0"
 
 # ArviZ and matplotlib take seconds to import and touch the user's settings: they wait until they are asked for.
 _LAZY = {

@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vdo import __version__
+from pyro_vdo._version import __version__
 from pyro_vdo.relevance import THRESHOLD, checked_threshold
 from pyro_vdo.reports import _arviz
 from pyro_vdo.reports.draws import Sampler, evaluating
