@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuideList
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +20,7 @@ from pyro_vdo.compression.dependency import ExportError
 from pyro_vdo.compression.sparse_layers import sparsify
 from pyro_vdo.families.hierarchical import PriorScales
 from pyro_vdo.families.units import fold_unit_noise, unit_posteriors, unit_scales
+from pyro_vdo.guides import parts_with
 from pyro_vdo.modules import bayesian_weights, plain_class, with_padding
 
 FORMS = ("masked", "sparse", "compact", "compact+sparse")
@@ -186,7 +186,7 @@ def pruned_means(
         raise ValueError(f"export: masks are given for {unknown}; the sites of the network are {sorted(sites)}")
     posteriors = relevance_of.posteriors(guide)
     by_threshold = relevance_of.masks(guide, threshold)
-    scales = unit_scales(guide) if _knows_units(guide) else {}
+    scales = unit_scales(guide) if parts_with("site_posterior", guide) else {}
     means = _means(sites, guide, posteriors)
     result = {}
     for site in sites:
@@ -199,12 +199,8 @@ def pruned_means(
     return result
 
 
-def _knows_units(guide: Any) -> bool:
-    return hasattr(guide, "site_posterior") or isinstance(guide, AutoGuideList)
-
-
 def _means(sites: Iterable[str], guide: Any, posteriors: Mapping[str, Any]) -> dict[str, Tensor]:
-    units = unit_posteriors(guide) if _knows_units(guide) else {}
+    units = unit_posteriors(guide) if parts_with("site_posterior", guide) else {}
     known = {site: q.mean.detach() for site, q in {**units, **posteriors}.items()}
     missing = sorted(set(sites) - known.keys())
     if missing and hasattr(guide, "median"):
@@ -385,7 +381,7 @@ def predict_three_ways(
 
     result = {"pruned mean": metric(predictions(), targets)}
     posteriors = relevance_of.posteriors(guide)
-    units = unit_posteriors(guide) if _knows_units(guide) else {}
+    units = unit_posteriors(guide) if parts_with("site_posterior", guide) else {}
     means = _means(sites.values(), guide, posteriors)
     _assign(plain, _by_name(sites, means))
     result["unpruned mean"] = metric(predictions(), targets)

@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
@@ -26,6 +26,13 @@ from pyro_vdo.sharing import share_sums
 from pyro_vdo.site_posterior import SitePosterior, is_real, registered_posterior
 from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.variables import ReusePolicy
+
+
+def parts_with(attribute: str, guide: Any) -> list[Any]:
+    """The guides that have this attribute: ``guide`` itself, or those in an ``AutoGuideList``, in lists in it too."""
+    if isinstance(guide, AutoGuideList):
+        return [part for each in guide for part in parts_with(attribute, each)]
+    return [guide] if hasattr(guide, attribute) else []
 
 
 def _is_direct(fn: Any) -> bool:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vdo import modules
+from pyro_vdo.guides import parts_with
 from pyro_vdo.layout import WeightLayout, guess_layout, weight_layout
 
 THRESHOLD = 3.0  # log alpha = 3 is a dropout rate of 0.95 (Molchanov et al. 2017, section 5.1)
@@ -40,12 +40,8 @@ def posteriors(guide: Guide) -> dict[str, Any]:
         if wrong:
             raise TypeError(f"relevance: the mapping must lead to distributions, but holds {wrong}")
         return dict(guide)
-    if hasattr(guide, "posteriors"):
-        return dict(guide.posteriors())
-    if isinstance(guide, AutoGuideList):
-        parts = [posteriors(part) for part in guide if isinstance(part, AutoGuideList) or hasattr(part, "posteriors")]
-        if parts:
-            return {name: q for part in parts for name, q in part.items()}
+    if parts := parts_with("posteriors", guide):
+        return {name: q for part in parts for name, q in part.posteriors().items()}
     raise TypeError(
         "relevance needs a guide of this package, such as AutoFactorizedNormal, an AutoGuideList with one, or a "
         f"mapping {{site: Normal(loc, scale)}}, not {type(guide).__name__}"
@@ -229,10 +225,7 @@ def _layouts_of_net(net: nn.Module) -> dict[str, WeightLayout]:
 
 def _layouts_of_guide(guide: Guide) -> dict[str, WeightLayout]:
     """What ``to_bayesian`` wrote on the priors that the guide has traced."""
-    if isinstance(guide, AutoGuideList):
-        return {name: layout for part in guide for name, layout in _layouts_of_guide(part).items()}
-    trace = getattr(guide, "prototype_trace", None)
-    if trace is None:
-        return {}
-    found = {name: getattr(node.get("fn"), "layout", None) for name, node in trace.nodes.items()}
-    return {name: layout for name, layout in found.items() if isinstance(layout, WeightLayout)}
+    traces = [part.prototype_trace for part in parts_with("prototype_trace", guide)]
+    nodes = (pair for trace in traces if trace is not None for pair in trace.nodes.items())
+    found = ((name, getattr(node.get("fn"), "layout", None)) for name, node in nodes)
+    return {name: layout for name, layout in found if isinstance(layout, WeightLayout)}

@@ -3,6 +3,8 @@
 import mpmath as mp
 import torch
 
+from pyro_vdo.special import normal_log_uniform_kl
+
 DTYPES = [torch.float64, torch.float32]
 # absolute-or-relative for the KL, relative for its derivative
 KL_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -46,3 +48,10 @@ def mp_slope(r):
 def ratios(dtype, count=301, limit=20.0):
     """r on a grid of log alpha = -2 log r, away from round numbers."""
     return torch.exp(-0.5 * torch.linspace(-limit, limit, count, dtype=torch.float64) + 0.0123).to(dtype)
+
+
+def unit_scale_terms(r):
+    """The KL and its derivative for scale 1, through the public function."""
+    loc = r.clone().requires_grad_()
+    kl = normal_log_uniform_kl(loc, torch.ones_like(loc))
+    return kl, torch.autograd.grad(kl.sum(), loc)[0]

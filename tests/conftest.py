@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import mpmath as mp
 import pyro
 import pytest
 import torch
 from hypothesis import settings
+
+from pyro_vdo.numerics.shared import SharedSums
 
 SEED = 20201117
 
@@ -31,3 +34,19 @@ def clean_state() -> Iterator[None]:
     left = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(validation)
     assert left == validation, "the test leaves validation of distributions switched"
+
+
+@pytest.fixture
+def forty_digits() -> Iterator[None]:
+    """mpmath computes with 40 digits."""
+    with mp.workdps(40):
+        yield
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the weights whose sums were asked for, of those that compute them together."""
+    numbers: list[int] = []
+    of = SharedSums.of
+    monkeypatch.setattr(SharedSums, "of", lambda self, at, prior: (numbers.append(at), of(self, at, prior))[1])
+    return numbers

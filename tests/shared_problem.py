@@ -11,6 +11,7 @@ from torch import nn
 
 import pyro_vdo as vdo
 from pyro_vdo import guides
+from tests.one_step import loss_and_gradients
 
 WIDTHS = (3, 5, 2, 4, 3, 6, 2)
 
@@ -32,18 +33,6 @@ def program(prior, dtype=torch.float64, widths=WIDTHS):
         for parameter in guide.parameters():
             parameter.add_(torch.randn_like(parameter))
     return model, guide, x, y
-
-
-def loss_and_gradients(model, guide, x, y, elbo):
-    torch.manual_seed(1)
-    guide.zero_grad()
-    loss = elbo.differentiable_loss(model, guide, x, y) if hasattr(elbo, "differentiable_loss") else None
-    if loss is None:
-        value = elbo.loss_and_grads(model, guide, x, y)
-    else:
-        loss.backward()
-        value = loss.item()
-    return value, [parameter.grad.clone() for parameter in guide.parameters()]
 
 
 def both(monkeypatch, *args):

@@ -2,24 +2,21 @@
 
 import mpmath as mp
 import pytest
-import torch
 
 from pyro_vdo.log_uniform_fit import fit_for, kl_of_ratio, slope_of_ratio
-from pyro_vdo.special import normal_log_uniform_kl
-from tests.accuracy import DTYPES, KL_TOLERANCE, SLOPE_TOLERANCE, mp_kl, mp_slope, numbers, ratios, worst
+from tests.accuracy import (
+    DTYPES,
+    KL_TOLERANCE,
+    SLOPE_TOLERANCE,
+    mp_kl,
+    mp_slope,
+    numbers,
+    ratios,
+    unit_scale_terms,
+    worst,
+)
 
-
-@pytest.fixture(autouse=True)
-def _digits():
-    with mp.workdps(40):
-        yield
-
-
-def unit_scale_terms(r):
-    """The KL and its derivative for scale 1, through the public function."""
-    loc = r.clone().requires_grad_()
-    kl = normal_log_uniform_kl(loc, torch.ones_like(loc))
-    return kl, torch.autograd.grad(kl.sum(), loc)[0]
+pytestmark = pytest.mark.usefixtures("forty_digits")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,6 @@ from torch import nn
 
 import pyro_vdo as vdo
 from pyro_vdo import guides
-from pyro_vdo.numerics import shared
 from tests.shared_problem import both, program
 
 PRIORS = {
@@ -23,15 +22,6 @@ PRIORS = {
     "normal": dist.Normal(0.0, 1.0),
     "mixed": {"2": vdo.EmpiricalBayesNormal(), "4": dist.Normal(0.0, 1.0), nn.Linear: vdo.LogUniform()},
 }
-
-
-@pytest.fixture
-def asked(monkeypatch) -> list[int]:
-    """The numbers of the weights whose sums were asked for."""
-    numbers: list[int] = []
-    of = shared.SharedSums.of
-    monkeypatch.setattr(shared.SharedSums, "of", lambda self, at, prior: (numbers.append(at), of(self, at, prior))[1])
-    return numbers
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])

@@ -10,17 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vdo as vdo
 from pyro_vdo import guides
-from pyro_vdo.numerics import shared
 from tests.shared_problem import both, loss_and_gradients, program
-
-
-@pytest.fixture
-def asked(monkeypatch) -> list[int]:
-    """The numbers of the weights whose sums were asked for."""
-    numbers: list[int] = []
-    of = shared.SharedSums.of
-    monkeypatch.setattr(shared.SharedSums, "of", lambda self, at, prior: (numbers.append(at), of(self, at, prior))[1])
-    return numbers
 
 
 def test_pruned_and_drawn_weights_are_the_same(monkeypatch, asked):

@@ -23,22 +23,23 @@ from pyro_vdo.special import (
     normal_log_uniform_kl,
     use_compiled,
 )
-from tests.accuracy import DTYPES, KL_TOLERANCE, SLOPE_TOLERANCE, mp_dawson, mp_kl, mp_slope, numbers, ratios, worst
+from tests.accuracy import (
+    DTYPES,
+    KL_TOLERANCE,
+    SLOPE_TOLERANCE,
+    mp_dawson,
+    mp_kl,
+    mp_slope,
+    numbers,
+    ratios,
+    unit_scale_terms,
+    worst,
+)
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "log_uniform_kl.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def _digits():
-    with mp.workdps(40):
-        yield
-
-
-def unit_scale_terms(r):
-    """The KL and its derivative for scale 1, through the public function."""
-    loc = r.clone().requires_grad_()
-    kl = normal_log_uniform_kl(loc, torch.ones_like(loc))
-    return kl, torch.autograd.grad(kl.sum(), loc)[0]
+pytestmark = pytest.mark.usefixtures("forty_digits")
 
 
 def test_mpmath_reference_agrees_with_quadrature():

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_vdo.families.noise import scale_units
 from pyro_vdo.families.structured import TruncatedLogNormal, TruncatedLogUniform
+from pyro_vdo.guides import parts_with
 from pyro_vdo.initial import base_prior
 from pyro_vdo.site_posterior import SitePosterior, register_posterior
 from pyro_vdo.variables import ReusePolicy
@@ -161,12 +162,10 @@ def unit_posteriors(guide: Any) -> dict[str, TruncatedLogNormal]:
 
     :raises TypeError: for a guide of another package.
     """
-    if isinstance(guide, AutoGuideList):
-        parts = [part for part in guide if isinstance(part, AutoGuideList) or hasattr(part, "site_posterior")]
-        return {name: q for part in parts for name, q in unit_posteriors(part).items()}
-    if not hasattr(guide, "site_posterior"):
+    parts = parts_with("site_posterior", guide)
+    if not parts and not isinstance(guide, AutoGuideList):
         raise TypeError(f"unit_posteriors needs a guide such as AutoFactorizedNormal, not {type(guide).__name__}")
-    found = {name: guide.site_posterior(name) for name in guide.site_names()}
+    found = {name: part.site_posterior(name) for part in parts for name in part.site_names()}
     return {name: q.drawn() for name, q in found.items() if isinstance(q, TruncatedLogNormal)}
 
 

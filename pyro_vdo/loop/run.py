@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from pyro_vdo import _compat
 from pyro_vdo.batches import empty_argument
 from pyro_vdo.families.units import unit_masks
+from pyro_vdo.guides import parts_with
 from pyro_vdo.handlers import scale_kl
 from pyro_vdo.loop import objective
 from pyro_vdo.loop.checkpoint import CheckpointError, CheckpointFile
@@ -332,8 +332,7 @@ class Run(Resumable):
                 buffer.data.copy_(value)
 
     def _counts(self) -> dict[str, Any]:
-        parts = self.guide if isinstance(self.guide, AutoGuideList) else [self.guide]
-        own: list[Any] = [part for part in parts if hasattr(part, "posteriors")]
+        own = parts_with("posteriors", self.guide)
         if not own:
             return {}
         units = {f"units_{name}": int(mask.sum()) for name, mask in unit_masks(self.guide).items()}
