@@ -77,18 +77,42 @@ def _claim(owner: nn.Module, name: str, param: nn.Parameter) -> str:
     return candidate
 
 
+class VariationalParameter(nn.Parameter):
+    """A parameter that has the ``unconstrained`` reference that ``SVI`` collects, in no attribute that is pickled."""
+
+    @property
+    def unconstrained(self) -> weakref.ref[Tensor]:
+        return weakref.ref(self)
+
+    @unconstrained.setter
+    def unconstrained(self, reference: weakref.ref[Tensor]) -> None:
+        """Pyro's store sets the same reference."""
+
+
+#: tensors that are no more than their data
+PLAIN = frozenset({Tensor, nn.Parameter, VariationalParameter})
+
+
+def variational(param: nn.Parameter) -> nn.Parameter:
+    """``param`` itself, from now on a :class:`VariationalParameter`, which is read without an alias."""
+    if type(param) is nn.Parameter:
+        param.__class__ = VariationalParameter
+    return param
+
+
 def param_statement(owner: nn.Module, name: str, param: nn.Parameter) -> Tensor:
     """Tell the active Pyro handlers that ``param`` is read, as ``pyro.param`` does, without sharing by name.
 
-    Returns an alias of ``param`` that carries the ``unconstrained`` reference that ``SVI`` collects.
+    Returns ``param``, or an alias of it that carries the ``unconstrained`` reference that ``SVI`` collects.
     """
     if not runtime.am_i_wrapped():
         return param
-    claimed = _claim(owner, name, param)
-    alias = param.view_as(param)
-    alias.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
-    value: Tensor = _param_message(alias, name=claimed)
-    return value
+    claimed, value = _claim(owner, name, param), cast(Tensor, param)
+    if type(param) is not VariationalParameter:
+        value = param.view_as(param)
+        value.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
+    message: Tensor = _param_message(value, name=claimed)
+    return message
 
 
 @runtime.effectful(type="param")

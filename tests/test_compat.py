@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.metadata
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -77,6 +79,22 @@ def test_param_statements_reach_the_handlers() -> None:
     loc = nodes["AutoFactorizedNormal.weight.loc"]["value"]
     assert loc.unconstrained() is guide.get_parameter("sites.weight.loc")
     assert net.bias is dict(net.named_parameters())["bias"]
+
+
+def test_variational_parameters_are_read_as_they_are_and_pickled_as_any_other() -> None:
+    _, guide, _ = run_guide()
+    loc = guide.get_parameter("sites.weight.loc")
+    with poutine.trace(param_only=True) as capture:
+        guide(torch.ones(4, 3))
+    assert capture.trace.nodes["AutoFactorizedNormal.weight.loc"]["value"] is loc  # no alias, no node of autograd
+    assert pyro.param("AutoFactorizedNormal.weight.loc") is loc  # sets what could not be pickled, were it kept
+    assert not vars(loc)
+    back = pickle.loads(pickle.dumps(loc))
+    assert type(back) is nn.Parameter
+    assert back.requires_grad
+    assert torch.equal(back, loc)
+    assert type(copy.deepcopy(loc)) is type(loc) is _compat.VariationalParameter
+    assert copy.deepcopy(guide).get_parameter("sites.weight.loc") is not loc
 
 
 def test_loaded_values_are_not_dropped_in_silence() -> None:
