@@ -120,15 +120,15 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _kernel_sum(loc: Tensor, variance: Tensor, of_log_scale: bool = False) -> tuple[Tensor, Tensor]:
+    """One logarithm and one smallest value for a column: (1 + x) (1 + y) = 1 + (x + x y + y)."""
     fit = fit_for(loc.dtype)
-    total = loc.new_zeros(())
+    total, smallest = loc.new_zeros(()), variance[0]
     for mean, var in zip(loc.unbind(0), variance.unbind(0), strict=True):
         t = mean * mean * (-2.0 * var).exp() if of_log_scale else mean * mean / var
         clamped = t.clamp(max=fit.limit**2)
         x = t * (horner(fit.value_num, clamped) / horner(fit.value_den, clamped))
-        # (1 + x) (1 + y) = 1 + (x + x y + y): one logarithm for a column
-        total = total + total * x + x
-    return 0.5 * torch.log1p(total).sum(), variance.amin()
+        total, smallest = total + total * x + x, torch.minimum(smallest, var)
+    return 0.5 * torch.log1p(total).sum(), smallest.amin()
 
 
 def _kernel_gradient(
