@@ -390,10 +390,18 @@ def compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
         return torch.compile(graph.forward, dynamic=True, fullgraph=True)
     # late, as it takes a second
     from torch._dynamo.utils import get_metrics_context
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    codes = []
+
+    def inner(*arguments: Any, **options: Any) -> Any:
+        codes.append(compile_fx_inner(*arguments, **options))
+        return codes[-1]
 
     with get_metrics_context():  # in which torch 2.6 counts what it finds in its cache
-        return cast(Callable[..., Any], compile_fx(graph, inputs))
+        compile_fx(graph, inputs, inner_compile=inner)
+    (code,) = codes
+    return lambda *args: code([*args])  # without what autograd would need around it
 
 
 def compiled_or_none(function: Callable[..., Any], *args: Any) -> Callable[..., Any] | None:

@@ -94,12 +94,13 @@ class BlockWeight(GaussianWeight):
         """E log q(w) summed over the event dimensions; pruned weights have no part in it."""
         return self.part.expected_log_law_sum(event_dim)
 
-    def log_uniform_kl_sum(self, event_dim: int) -> Tensor | None:
-        """The exact KL to the log-uniform prior, of the block: that of the other weights is 0."""
-        return self.part.log_uniform_kl_sum(event_dim) if self.event_dim == event_dim else None
+    def log_uniform_log_prob_sum(self, event_dim: int) -> Tensor | None:
+        """E log p for the log-uniform prior, of the block: other weights have no part in it."""
+        return self.part.log_uniform_log_prob_sum(event_dim) if self.event_dim == event_dim else None
 
-    def elementwise_kl_sum(self, prior: Any, event_dim: int) -> Tensor | None:
-        """KL to a prior without parameters, that couples no weights and has KL 0 at a pruned one."""
+    def elementwise_log_prob_sum(self, prior: Any, event_dim: int) -> Tensor | None:
+        """E log p for a prior without parameters, that couples no weights and has KL 0 at a pruned one."""
         if self.event_dim != event_dim or event_dim != self.part.loc.dim():
             return None
-        return torch.as_tensor(kl_divergence(self.part.law(), prior)).sum()
+        kl = torch.as_tensor(kl_divergence(self.part.law(), prior))
+        return self.expected_log_law_sum(event_dim) - kl.sum()

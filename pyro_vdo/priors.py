@@ -90,8 +90,8 @@ class WeightPrior(TorchDistribution):
         count = len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
         return WeightEvent(self, count) if count > 0 else super().to_event(count)
 
-    def kl_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
-        """KL of the law of a whole weight, summed over its event dimensions, where there is a faster way to it."""
+    def log_prob_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
+        """E log p of a whole weight, summed over its event dimensions, where there is a faster way to it."""
         return None
 
     @property
@@ -133,10 +133,10 @@ class WeightEvent(dist.Independent):
         """Log density, or expected log density of an undrawn weight, summed over the event dimensions."""
         count = self.reinterpreted_batch_ndims
         if isinstance(value, GaussianWeight) and value.is_whole(count):
-            kl = value.shared_kl_sum(self.base_dist)
-            kl = self.base_dist.kl_sum(value, count) if kl is None else kl
-            if kl is not None:
-                return _compat.add_provenance(value.expected_log_law_sum(count) - kl, value.provenance)
+            log_prob = value.shared_log_prob_sum(self.base_dist)
+            log_prob = self.base_dist.log_prob_sum(value, count) if log_prob is None else log_prob
+            if log_prob is not None:
+                return _compat.add_provenance(log_prob, value.provenance)
         return super().log_prob(value)  # type: ignore[no-any-return]
 
 
@@ -166,11 +166,11 @@ class LogUniform(WeightPrior):
         """The prior over a tensor of shape ``batch_shape``."""
         return LogUniform(self.kl, batch_shape=torch.Size(batch_shape))
 
-    def kl_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
-        """The sum of the exact KL, value and gradient in one pass each."""
+    def log_prob_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
+        """E log p by the exact KL, value and gradient in one pass each."""
         if self.kl == "exact":
-            return weight.log_uniform_kl_sum(event_dim)
-        return weight.elementwise_kl_sum(self, event_dim) if self.kl == "molchanov" else None
+            return weight.log_uniform_log_prob_sum(event_dim)
+        return weight.elementwise_log_prob_sum(self, event_dim) if self.kl == "molchanov" else None
 
     @property
     def shared_kind(self) -> Any:
@@ -226,9 +226,9 @@ class EmpiricalBayesNormal(WeightPrior):
         """The number of rightmost dimensions that are the weight, of ``ndim``; those left of it are particles."""
         return min(ndim, self._weight_dim or len(self.batch_shape) or ndim)
 
-    def kl_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
-        """The sum of the KL without the rows and columns that are pruned."""
-        return weight.elementwise_kl_sum(self, event_dim) if self.group == "weight" else None
+    def log_prob_sum(self, weight: GaussianWeight, event_dim: int) -> Tensor | None:
+        """E log p without the rows and columns that are pruned."""
+        return weight.elementwise_log_prob_sum(self, event_dim) if self.group == "weight" else None
 
     @property
     def shared_kind(self) -> Any:

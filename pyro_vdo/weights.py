@@ -193,26 +193,30 @@ class GaussianWeight(Undrawn):
         ledger = None if self._meeting is None else self._meeting.ledger
         return sample_linear(x, loc, log_scale, variance, bias, shape, keep, self.variable.name, ledger)
 
-    def shared_kl_sum(self, prior: Any) -> Tensor | None:
-        """KL to ``prior`` summed over a whole weight, where it is computed together with that of others; else None."""
+    def shared_log_prob_sum(self, prior: Any) -> Tensor | None:
+        """E log p summed over a whole weight, where it is computed together with that of others; else None."""
         if self.variable.shared is None or self.event_dim is None:
             return None
         sums, at = self.variable.shared
         if sums.kind != prior.shared_kind:
             return None
-        kl, log_law = sums.of(at, prior)
-        batch = self.loc.shape[: self.loc.dim() - self.event_dim]
-        if self._expected_log_law_sum is None:
-            log_law = self._without_pruned(log_law, self.event_dim)
-            self._expected_log_law_sum = log_law.expand(batch) if batch else log_law
-        return kl.expand(batch) if batch else kl
+        return self._for_particles(*sums.of(at, prior), self.event_dim)
 
-    def elementwise_kl_sum(self, prior: Any, event_dim: int) -> Tensor | None:
-        """KL to a prior that couples no weights, summed, where parts of the weight can be left out; else None."""
+    def _for_particles(self, log_prior: Tensor, log_law: Tensor, event_dim: int) -> Tensor:
+        """E log p of each particle, from sums with pruned weights as Normal(0, 1); E log q is remembered."""
+        batch = self.loc.shape[: self.loc.dim() - event_dim]
+        if self._expected_log_law_sum is None:
+            log_law = self._without_pruned(log_law, event_dim)
+            self._expected_log_law_sum = log_law.expand(batch) if batch else log_law
+        log_prior = self._without_pruned(log_prior, event_dim)
+        return log_prior.expand(batch) if batch else log_prior
+
+    def elementwise_log_prob_sum(self, prior: Any, event_dim: int) -> Tensor | None:
+        """E log p for a prior that couples no weights, summed, where parts of the weight can be left out; else None."""
         return None
 
-    def log_uniform_kl_sum(self, event_dim: int) -> Tensor | None:
-        """The exact KL to the log-uniform prior, summed over the event dimensions, for a whole weight.
+    def log_uniform_log_prob_sum(self, event_dim: int) -> Tensor | None:
+        """E log p for the log-uniform prior with its exact KL, summed over the event dimensions, for a whole weight.
 
         None where it has to be composed of elementwise functions.
         """
@@ -228,10 +232,7 @@ class GaussianWeight(Undrawn):
             return None
         if fused.is_large(loc):
             self._constant_variance = None  # the passes through the network are over
-        batch = self.loc.shape[: self.loc.dim() - event_dim]
-        if self._expected_log_law_sum is None:
-            self._expected_log_law_sum = self._without_pruned(sums[1], event_dim).expand(batch)
-        return sums[0].expand(batch)
+        return self._for_particles(*sums, event_dim)
 
     def law(self) -> torch.distributions.Normal:
         """Normal(loc, scale), elementwise; in float32 for half precision, in which sums over weights overflow."""

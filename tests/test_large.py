@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo.numerics import fused, large
+from pyro_vdo.numerics import fused, large, sums
 from pyro_vdo.numerics.large import Ledger, Meeting
 from tests.one_step import WEIGHTS, WIDTH, loss_and_gradients, program, step
 from tests.test_performance_counts import profiled
@@ -150,13 +150,15 @@ def test_both_ends_of_the_range(loc: float, log_scale: float) -> None:
     mean, logs = nn.Parameter(torch.full((32, 32), loc)), nn.Parameter(torch.full((32, 32), log_scale))
     meeting = Meeting.of(mean, logs)
     assert meeting is not None
-    kl, log_law = meeting.sums(None)
-    kl.backward()
+    log_prior, log_law = meeting.sums(None)
+    (log_law - log_prior).backward()
     exact = vdo.LogUniform().expand([1])
     one, one_log = torch.tensor([loc], dtype=torch.float64, requires_grad=True), torch.tensor([log_scale]).double()
     expected = torch.distributions.kl_divergence(torch.distributions.Normal(one, one_log.exp()), exact).sum()
     expected.backward()
+    kl, *_ = sums.both_sums(mean.detach(), logs.detach(), None)
     assert kl.item() == pytest.approx(1024 * expected.item(), rel=2e-6)
+    assert log_prior.item() == pytest.approx(log_law.item() - 1024 * expected.item(), rel=2e-6)
     assert log_law.item() == pytest.approx(-1024 * (log_scale + fused.ENTROPY_CONSTANT), rel=1e-6)
     assert mean.grad is not None
     assert mean.grad.mean().item() == pytest.approx(one.grad.item(), rel=2e-5)

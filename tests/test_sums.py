@@ -17,10 +17,10 @@ from pyro_vdo.numerics.sums import log_uniform_sums
 from tests.one_step import loss_and_gradients, program
 
 
-def test_graph_of_the_kl_is_one_node_between_the_parameters_and_the_sum() -> None:
+def test_graph_is_one_node_between_the_parameters_and_the_sums() -> None:
     loc, log_scale = torch.randn(3, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)
-    kl, _ = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))
-    leaves = [node for node, _ in kl.grad_fn.next_functions]
+    log_prior, _ = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))
+    leaves = [node for node, _ in log_prior.grad_fn.next_functions]
     assert [type(node).__name__ for node in leaves[:2]] == ["AccumulateGrad"] * 2
 
 
@@ -59,26 +59,29 @@ def test_fused_and_composed_steps_agree(
 def test_sum_is_safe_at_both_ends_of_the_range(loc: float, log_scale: float) -> None:
     mean = torch.full((5,), loc, requires_grad=True)
     log = torch.full((5,), log_scale, requires_grad=True)
-    kl, entropy = log_uniform_sums(mean, log, fused.constant_variance(log.detach()))
-    gradients = torch.autograd.grad(kl, (mean, log))
+    variance = fused.constant_variance(log.detach())
+    log_prior, log_law = log_uniform_sums(mean, log, variance)
+    gradients = torch.autograd.grad(log_law - log_prior, (mean, log))
     exact_mean, exact_log = (x.detach().double().requires_grad_() for x in (mean, log))
     expected = special.normal_log_uniform_kl(exact_mean, exact_log.exp()).sum()
+    kl, *_ = sums.both_sums(mean.detach(), log.detach(), variance)
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(log_prior, log_law - kl)
     exact = torch.autograd.grad(expected, (exact_mean, exact_log))
     for gradient, reference in zip(gradients, exact, strict=True):
         torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-30)
-    assert entropy.item() == pytest.approx(-5 * (log_scale + fused.ENTROPY_CONSTANT), rel=1e-6)
+    assert log_law.item() == pytest.approx(-5 * (log_scale + fused.ENTROPY_CONSTANT), rel=1e-6)
 
 
 def test_second_derivatives() -> None:
     loc = torch.randn(4, dtype=torch.float64, requires_grad=True)
     log_scale = torch.randn(4, dtype=torch.float64, requires_grad=True)
 
-    def kl(loc: Tensor, log_scale: Tensor) -> Tensor:
-        return log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))[0]
+    def both(loc: Tensor, log_scale: Tensor) -> Tensor:
+        return torch.stack(log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale)))
 
-    assert torch.autograd.gradcheck(kl, (loc, log_scale))
-    assert torch.autograd.gradgradcheck(kl, (loc, log_scale))
+    assert torch.autograd.gradcheck(both, (loc, log_scale))
+    assert torch.autograd.gradgradcheck(both, (loc, log_scale))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
@@ -93,8 +96,9 @@ def test_compiled_kernels_agree_with_the_others_for_any_number_of_elements(
         results = []
         for compiled in (False, True):
             with vdo.use_compiled(compiled):
-                kl, law = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))
-                results.append((kl, law, *torch.autograd.grad(kl + 0.5 * law, (loc, log_scale))))
+                log_prior, law = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))
+                kl, *_ = sums.both_sums(loc.detach(), log_scale.detach(), fused.constant_variance(log_scale))
+                results.append((kl, log_prior, law, *torch.autograd.grad(0.5 * law - log_prior, (loc, log_scale))))
         for expected, got in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     assert None not in sums._compiled.values()

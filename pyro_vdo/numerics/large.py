@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from pyro_vdo import _compat
 from pyro_vdo.numerics import fused
-from pyro_vdo.numerics.sums import both_gradients, both_sums, differentiable_gradients
+from pyro_vdo.numerics.sums import along_sums, both_gradients, differentiable_gradients, expectations
 
 # From here on the whole variance costs more than its parts.
 _HUGE = 2**22
@@ -65,10 +65,10 @@ class Ledger:
 
 
 class Meeting:
-    """Where the gradients of one weight meet in one pass: those from the data and that of its KL and E log q.
+    """Where the gradients of one weight meet in one pass: those from the data and those of E log p and E log q.
 
-    KL and E log q hang on a ticket in place of the parameters. The gradient of the ticket says how much of theirs is
-    wanted, which is then added to the one from the data.
+    E log p and E log q hang on a ticket in place of the parameters. The gradient of the ticket says how much of theirs
+    is wanted, which is then added to the one from the data.
 
     :param loc: parameter.
     :param log_scale: parameter; this pass uses the attributes ``loc`` and ``log_scale`` in their place.
@@ -97,12 +97,13 @@ class Meeting:
         return None
 
     def sums(self, variance: Tensor | None) -> tuple[Tensor, Tensor]:
-        """KL and E log q as :func:`~pyro_vdo.numerics.sums.log_uniform_sums`.
+        """E log p and E log q as :func:`~pyro_vdo.numerics.sums.log_uniform_sums`.
 
         :param variance: scale^2, where it is at hand.
         """
-        kl, total = _TicketSums.apply(self._ticket, self.loc.detach(), self.log_scale.detach(), variance, self.ledger)
-        return kl, -total - self.loc.numel() * fused.ENTROPY_CONSTANT
+        loc, log_scale = self.loc.detach(), self.log_scale.detach()
+        sums: tuple[Tensor, Tensor] = _TicketSums.apply(self._ticket, loc, log_scale, variance, self.ledger)
+        return sums
 
 
 class _Join(Function):
@@ -135,17 +136,17 @@ class _Join(Function):
 
 
 class _TicketSums(Function):
-    """Sum of the log-uniform KL and sum of log_scale, whose gradients go to the ticket."""
+    """E log p and E log q, whose gradients go to the ticket, as those along the KL and the sum of log_scale."""
 
     @staticmethod
     def forward(
         ctx: Any, ticket: Tensor, loc: Tensor, log_scale: Tensor, variance: Tensor | None, ledger: Ledger
     ) -> tuple[Tensor, Tensor]:
-        kl, total, ledger.by_variance = both_sums(loc, log_scale, variance)
+        log_prior, log_law, ledger.by_variance = expectations(loc, log_scale, variance)
         ctx.save_for_backward(loc, log_scale)
-        return kl, total
+        return log_prior, log_law
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor) -> Any:
         _ = ctx.saved_tensors  # raises where they have been changed in place since the forward pass
-        return torch.stack(along), None, None, None, None
+        return torch.stack(along_sums(*along)), None, None, None, None

@@ -1,4 +1,4 @@
-"""Divergences of many small weights in one pass: for a few elements the number of calls is what costs."""
+"""Expected densities of many small weights in one pass: for a few elements the number of calls is what costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEWEST = 4
 
 
 class SharedSums:
-    """KL to priors of one kind, and E log q, of each of several weights; computed when first asked for.
+    """E log p, for priors of one kind, and E log q of each of several weights; computed when first asked for.
 
     :param kind: the kind of prior, see ``WeightPrior.shared_kind``.
     :param parameters: (loc, log_scale) of each weight, all of one dtype and on one device.
@@ -35,14 +35,14 @@ class SharedSums:
         self._sums: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def of(self, at: int, prior: Any) -> tuple[Tensor, Tensor]:
-        """KL and E log q of the weight with number ``at``, summed; ``prior`` is of the kind, of any shape."""
+        """E log p and E log q of the weight with number ``at``, summed; ``prior`` is of the kind, of any shape."""
         if self._sums is None or (torch.is_grad_enabled() and not self._with_graph):
             self._with_graph = torch.is_grad_enabled()
             loc, log_scale = (torch.cat([x.reshape(-1) for x in each]) for each in zip(*self._parameters, strict=True))
             segments = _segments(tuple(x.numel() for x, _ in self._parameters), loc.device)
             kl = kl_divergence(Normal(loc, log_scale.exp(), validate_args=False), prior)
-            log_law = -log_scale - ENTROPY_CONSTANT
-            self._sums = segment_sum(kl, segments).unbind(), segment_sum(log_law, segments).unbind()
+            log_law = segment_sum(-log_scale - ENTROPY_CONSTANT, segments)
+            self._sums = (log_law - segment_sum(kl, segments)).unbind(), log_law.unbind()
         return self._sums[0][at], self._sums[1][at]
 
 

@@ -1,4 +1,4 @@
-"""The log-uniform KL and E log q summed over a whole weight, in as few passes over memory as eager torch allows.
+"""E log p, log-uniform, and E log q summed over a whole weight, in as few passes over memory as eager torch allows.
 
 Everything is a function of ``loc`` and ``log_scale``, with ``t = (loc / scale)^2``. The derivative of the log-uniform
 KL along ``log_scale`` is ``-loc`` times that along ``loc``, so one rational function gives both gradients, and the
@@ -186,37 +186,52 @@ def both_gradients(
     return _best(_chunked_gradient, _kernel_gradient, loc, scales, *weights, of_log_scale=variance is None)
 
 
+def expectations(loc: Tensor, log_scale: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+    """E log p = E log q - KL, E log q = -log_scale - (1 + log 2 pi) / 2, each summed, and as :func:`both_sums`."""
+    kl, total, by_variance = both_sums(loc, log_scale, variance)
+    log_law = -total - loc.numel() * fused.ENTROPY_CONSTANT
+    return log_law - kl, log_law, by_variance
+
+
+def along_sums(along_prior: Tensor, along_law: Tensor) -> tuple[Tensor, Tensor]:
+    """What gradients along the two :func:`expectations` are along the KL and the sum of log_scale."""
+    return -along_prior, -(along_prior + along_law)
+
+
 class _LogUniformSums(Function):
-    """(loc, log_scale, variance) -> sum of the log-uniform KL, sum of log_scale."""
+    """(loc, log_scale, variance) -> E log p, E log q."""
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        kl, total, ctx.by_variance = both_sums(loc, log_scale, variance)
+        log_prior, log_law, ctx.by_variance = expectations(loc, log_scale, variance)
         ctx.save_for_backward(loc, log_scale, None if fused.is_large(loc) else variance)
-        ctx.set_materialize_grads(False)
-        return kl, total
+        return log_prior, log_law
 
     @staticmethod
-    def backward(ctx: Any, along_kl: Tensor | None, along_log_scale: Tensor | None) -> Any:
+    def backward(ctx: Any, *along: Tensor) -> Any:
         loc, log_scale, variance = ctx.saved_tensors
+        weights = along_sums(*along)
         if torch.is_grad_enabled():  # a derivative of this derivative is wanted
-            return *differentiable_gradients(loc, log_scale, along_kl, along_log_scale), None
+            return *differentiable_gradients(loc, log_scale, *weights), None
         # Of one dimension: inductor takes a float64 of none for a Python number, which it cannot leave open.
-        weights = [loc.new_zeros(1) if x is None else x.reshape(1) for x in (along_kl, along_log_scale)]
+        weights = weights[0].reshape(1), weights[1].reshape(1)
         flat = (None if x is None else x.reshape(-1) for x in (loc, log_scale, variance))
         both = both_gradients(*flat, ctx.by_variance, *weights)  # type: ignore[arg-type]
         return *(_compat.owned_view(each, loc.shape) for each in both), None
 
 
-def differentiable_gradients(loc: Tensor, log_scale: Tensor, *along: Tensor | None) -> tuple[Tensor, ...]:
+def differentiable_gradients(loc: Tensor, log_scale: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """As :func:`both_gradients`, for parameters of any shape."""
     with torch.enable_grad():
         sums = special.normal_log_uniform_kl(loc, log_scale.exp()).sum(), log_scale.sum()
-        total = sum(weight * value for weight, value in zip(along, sums, strict=True) if weight is not None)
-        return torch.autograd.grad(total, (loc, log_scale), create_graph=True, materialize_grads=True)  # type: ignore[arg-type]
+        total = weights[0] * sums[0] + weights[1] * sums[1]
+        return torch.autograd.grad(total, (loc, log_scale), create_graph=True, materialize_grads=True)
 
 
 def log_uniform_sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[Tensor, Tensor] | None:
-    """KL(Normal(loc, scale^2) || log-uniform) and E log q, each summed over all elements; two scalars.
+    """E log p, p log-uniform, and E log q under q = Normal(loc, scale^2), each summed over all elements; two scalars.
+
+    E log p is E log q - KL(q || p); the constant that an improper prior leaves open is that of the exact KL.
 
     :param loc: mean, any shape.
     :param log_scale: log of the standard deviation, of the same shape.
@@ -227,5 +242,5 @@ def log_uniform_sums(loc: Tensor, log_scale: Tensor, variance: Tensor) -> tuple[
     if loc.dtype not in (torch.float32, torch.float64) or fused.is_composable_only(loc, log_scale, variance):
         return None
     # No view between here and the caller: autograd adds gradients in place only where nothing shares their memory.
-    kl, total = _LogUniformSums.apply(loc, log_scale, variance)
-    return kl, -total - loc.numel() * fused.ENTROPY_CONSTANT
+    sums: tuple[Tensor, Tensor] = _LogUniformSums.apply(loc, log_scale, variance)
+    return sums
