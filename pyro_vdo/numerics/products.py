@@ -20,17 +20,20 @@ _LARGEST = 2**31
 
 def _is_dense(matrix: Tensor) -> bool:
     """True for rows or columns one after the other in memory, with or without a gap."""
+    if matrix.is_contiguous():  # the usual case, and the quicker question
+        return True
     (rows, columns), (down, across) = matrix.shape, matrix.stride()
     return (across == 1 and down >= columns) or (down == 1 and across >= rows)
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
     """For matrices (n, in) and (out, in)."""
+    (rows, size), out = x.shape, weight.shape[0]
     return (
-        x.numel() * weight.shape[0] >= _SMALLEST
+        rows * size * out >= _SMALLEST
         and x.dtype is torch.float32
-        and x.device.type == "cpu"
-        and max(x.numel(), weight.numel(), x.shape[0] * weight.shape[0]) < _LARGEST
+        and x.is_cpu
+        and max(rows * size, out * size, rows * out) < _LARGEST
         and not torch.is_grad_enabled()
         and _compat.onednn_is_faster()
         and _is_dense(x)
@@ -48,7 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if not _pays(flat, weight):
         return F.linear(x, weight, bias)
-    return _compat.onednn_linear(flat, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+    out = _compat.onednn_linear(flat, weight, bias)
+    return out if flat is x else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
