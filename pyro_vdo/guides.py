@@ -168,11 +168,15 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
     def _set_site(self, name: str, posterior: SitePosterior) -> None:
         node = cast(nn.Module, self._modules["sites"])  # see _site
         *path, last = name.split(".")
-        for part in path:
-            if part not in node._modules:
-                node.add_module(part, _Branch())
+        for part, module in [*((part, _Branch()) for part in path), (last, posterior)]:
+            if module is posterior or part not in node._modules:
+                if hasattr(node, part) and not isinstance(node._modules.get(part), SitePosterior):
+                    raise ValueError(
+                        f"AutoFactorizedNormal: site '{name}' cannot have this name: '{part}' is taken, by an "
+                        "attribute of torch modules or by another site. Rename the site."
+                    )
+                node.add_module(part, module)
             node = node.get_submodule(part)
-        node.add_module(last, posterior)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.prototype_trace is None and any(key.startswith(prefix + "sites.") for key in state_dict):

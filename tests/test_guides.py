@@ -73,6 +73,18 @@ def test_discrete_sites_are_named() -> None:
         vdo.AutoFactorizedNormal(model).setup(X)
 
 
+@pytest.mark.parametrize("names", [["type"], ["half.w"], ["a.b", "a"], ["a", "a.loc"]])
+def test_names_that_the_guide_cannot_have_are_told(names: list[str]) -> None:
+    def model() -> None:
+        for name in names:
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    guide = vdo.AutoFactorizedNormal(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"site '{names[-1]}' cannot have this name: .*Rename the site"):
+            guide.setup()
+
+
 @pytest.mark.parametrize("guide", [vdo.AutoFactorizedNormal, vdo.AutoGaussianDropout, vdo.AutoCorrelatedNormal])
 def test_a_guide_that_is_set_up_in_inference_mode_trains(guide: Any) -> None:
     setup = Setup()

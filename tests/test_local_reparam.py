@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+import pyro
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
@@ -319,6 +321,20 @@ def test_latent_codes_of_a_plate_are_drawn() -> None:
     codes = undrawn(torch.zeros(50, 2), torch.ones(50, 2), "z", event_dim=1)
     out = decoder.T @ codes.T
     torch.testing.assert_close(out[0], out[1])
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+@pytest.mark.parametrize("layer", [nn.Embedding(7, 4), nn.EmbeddingBag(7, 4)])
+def test_particles_of_an_embedding_leave_room_for_plates_that_the_index_has_not(
+    layer: nn.Module, in_training: bool
+) -> None:
+    index = torch.tensor([1, 0, 6]) if isinstance(layer, nn.Embedding) else torch.tensor([[1, 0], [6, 6], [2, 3]])
+    net = vdo.to_bayesian(nn.Sequential(layer, nn.Linear(4, 2)), vdo.LogUniform())
+    guide = vdo.AutoFactorizedNormal(net).setup(index).train(in_training)
+    for nesting, shape in [(1, (9, 3, 2)), (2, (9, 1, 3, 2)), (3, (9, 1, 1, 3, 2))]:
+        with torch.no_grad(), pyro.plate("particles", 9, dim=-1 - nesting):
+            trace = poutine.trace(guide).get_trace(index)
+            assert poutine.replay(net, trace=trace)(index).shape == shape
 
 
 def test_out_is_written() -> None:

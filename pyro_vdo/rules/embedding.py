@@ -25,9 +25,13 @@ def _over_particles(lookup: Callable[[Tensor, Tensor], Tensor], *parameters: Ten
     singles = [single for parameter in parameters if (single := core(parameter, 2)) is not None]
     if len(singles) < len(parameters):
         return None
-    while lead and lead[-1] == 1:  # plates of the data, which the index has
-        lead = lead[:-1]
-    outs = [lookup(*singles) for _ in range(lead.numel())]
+    return _stacked(lead, [lookup(*singles) for _ in range(lead.numel())])
+
+
+def _stacked(lead: torch.Size, outs: list[Tensor]) -> Tensor:
+    """The lookup of each particle: (*particles, 1, V, D) -> (*particles, *out), ``lead`` being (*particles, 1)."""
+    for _ in range(outs[0].dim() - 1):  # plates of the data, which the index has
+        lead = lead[:-1] if lead and lead[-1] == 1 else lead
     return torch.stack(outs).reshape(*lead, *outs[0].shape)
 
 
@@ -131,8 +135,5 @@ def drawn_embedding(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     names = _EMBEDDING if func is F.embedding else _BAG
     call = dict(zip(names, args, strict=False)) | kwargs
     weight = call.pop("weight")
-    lead = weight.shape[:-2]
-    while lead and lead[-1] == 1:
-        lead = lead[:-1]
     outs = [func(weight=one, **call) for one in weight.reshape(-1, *weight.shape[-2:])]
-    return torch.stack(outs).reshape(*lead, *outs[0].shape)
+    return _stacked(weight.shape[:-2], outs)
