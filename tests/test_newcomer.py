@@ -194,6 +194,20 @@ def test_likelihoods_that_are_right_do_not_warn() -> None:
         train_by_fit(None, vdo.TensorBatches(x, y, batch_size=BATCH), kl_weight=BATCH / N)
 
 
+def test_deterministic_sites_are_no_likelihood() -> None:
+    net, (x, y) = bayesian(), data()
+    right = in_plate(net)
+
+    def model(x: Tensor, y: Tensor) -> Any:
+        pyro.deterministic("first", x[0])
+        return right(x, y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches = vdo.TensorBatches(x, y, batch_size=BATCH)
+        vdo.fit(model, vdo.AutoFactorizedNormal(model), batches, epochs=1, progress=False)
+
+
 # --------------------------------------------------------------------------- 6. BatchNorm
 
 
