@@ -369,6 +369,8 @@ def predict_three_ways(
     """
     if num_samples < 1:
         raise ValueError(f"predict_three_ways: num_samples must be at least 1, not {num_samples}")
+    if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):
+        raise ValueError("predict_three_ways: data are batches, not the tensors themselves; write [(x, y)]")
     batches = [(x if isinstance(x, tuple) else (x,), y) for x, y in data]
     if not any(len(y) for _, y in batches):
         raise ValueError("predict_three_ways: there is no data")

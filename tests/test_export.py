@@ -444,6 +444,8 @@ def test_three_ways_by_default_are_accuracies() -> None:
         predict_three_ways(bayes, guide, [(x, targets)], num_samples=0)
     with pytest.raises(ValueError, match="no data"):
         predict_three_ways(bayes, guide, [])
+    with pytest.raises(ValueError, match=r"write \[\(x, y\)\]"):
+        predict_three_ways(bayes, guide, (x, targets))
     with pytest.raises(ValueError, match="no data"):
         predict_three_ways(bayes, guide, [(x[:0], targets[:0])])
     with pytest.raises(ValueError, match=r"class numbers of shape \(40,\).*for a regression pass metric"):
