@@ -399,6 +399,8 @@ def test_dropout_is_off_while_batch_norm_is_estimated() -> None:
     net = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(2)).eval()
     x = torch.randn(50, 2)
     reestimate_batch_norm(net, [x])
+    with pytest.raises(ValueError, match=r"write \[x\]"):
+        reestimate_batch_norm(net, x)
     torch.testing.assert_close(net[1].running_mean, x.mean(0))
     torch.testing.assert_close(net[1].running_var, x.var(0))
 
