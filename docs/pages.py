@@ -40,6 +40,7 @@ class Block:
     code: str
     output: str | None
     span: tuple[int, int] | None  # of the output in the text of the page
+    hidden: bool
 
 
 def blocks(page: Path) -> list[Block]:
@@ -50,7 +51,7 @@ def blocks(page: Path) -> list[Block]:
         kind = "hidden" if match["hidden"] is not None else "shown"
         line = text.count("\n", 0, match.start(kind)) + 1
         span = match.span("output") if match["output"] is not None else None
-        found.append(Block(page, line, match[kind], match["output"], span))
+        found.append(Block(page, line, match[kind], match["output"], span, kind == "hidden"))
     return found
 
 

@@ -39,16 +39,19 @@ _OWNERS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictiona
 
 #: the parameter that was last put into the store, by name
 _OURS: dict[str, weakref.ref[nn.Parameter]] = {}
+#: what the store held when a warning of foreign values was given, by ``id``: one load, one warning
+_REPORTED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 def _warn_of_foreign(name: str, value: Tensor) -> None:
     """Say that a value of the store is dropped, unless it is a left-over of ours."""
     known = _OURS.get(name)
-    if known is None or known() is not value:
+    if (known is None or known() is not value) and _REPORTED.get(id(value)) is not value:
+        _REPORTED.update((id(other), other) for other in pyro.get_param_store()._params.values())
         warnings.warn(
-            f"Pyro's parameter store has a value for '{name}' that does not come from this network or guide, such as a "
-            "loaded one. It is not used: networks and guides of pyro_vdo keep their own parameters. Save and load "
-            "guide.state_dict() and net.state_dict() (guide.setup(*args) first), or pyro.clear_param_store().",
+            f"Pyro's parameter store has values, such as that of '{name}', that do not come from this network or guide "
+            "but from a load, say. They are not used: networks and guides of pyro_vdo keep their own parameters. Save "
+            "and load guide.state_dict() and net.state_dict() (guide.setup(*args) first), or pyro.clear_param_store().",
             UserWarning,
             stacklevel=3,
         )

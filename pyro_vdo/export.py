@@ -279,6 +279,8 @@ def reestimate_batch_norm(module: nn.Module, data: Iterable[Any]) -> nn.Module:
     :param data: batches of inputs, or tuples and lists whose first entry is the input, or the tuple of inputs.
     :raises ValueError: if there is no batch, or the batches are dicts and the network does not take them.
     """
+    if isinstance(data, Tensor):
+        raise ValueError("reestimate_batch_norm: data are batches, not one tensor; write [x]")
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     training, momenta = module.training, [layer.momentum for layer in layers]
     module.eval()
@@ -369,6 +371,8 @@ def predict_three_ways(
     """
     if num_samples < 1:
         raise ValueError(f"predict_three_ways: num_samples must be at least 1, not {num_samples}")
+    if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):
+        raise ValueError("predict_three_ways: data are batches, not the tensors themselves; write [(x, y)]")
     batches = [(x if isinstance(x, tuple) else (x,), y) for x, y in data]
     if not any(len(y) for _, y in batches):
         raise ValueError("predict_three_ways: there is no data")

@@ -273,7 +273,8 @@ def plot_forest(
     target.axvline(0, color=INK, lw=0.8, ls=":")
     target.set_yticks(range(len(wide)), wide.index, fontsize=8)
     target.set_xlabel(f"weight: mean, 50 % and {_percent(wide)}", color=INK)
-    title = f"The {len(wide)} strongest of {strength.numel():,} weights by $|\\mu|/\\sigma$"
+    which = f"The {len(wide)} strongest of" if len(wide) < strength.numel() else "All"
+    title = f"{which} {strength.numel():,} weights by $|\\mu|/\\sigma$"
     target.set_title(title, fontsize=10, loc="left", color=INK)
     clean(target)
     target.tick_params(axis="y", length=0)

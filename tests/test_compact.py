@@ -361,7 +361,7 @@ def test_the_original_and_the_random_state_are_left_alone() -> None:
         assert torch.equal(value, before[name])
 
 
-def test_without_torch_pruning_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_pruning_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ExportError, match=r"pyro-vdo\[compact\]"):
+    with pytest.raises(ExportError, match=r"pip install 'torch-pruning>=1\.4'"):
         compact_module(nn.Linear(2, 2), torch.ones(1, 2))

@@ -104,7 +104,7 @@ def test_loaded_values_are_not_dropped_in_silence() -> None:
         pyro.get_param_store().save(str(Path(folder) / "store"))
         pyro.clear_param_store()
         pyro.get_param_store().load(str(Path(folder) / "store"))
-    with pytest.warns(UserWarning, match=r"parameter store has a value for .*state_dict"):
+    with pytest.warns(UserWarning, match=r"parameter store has values, such as that of .*state_dict"):
         run_guide()
 
 

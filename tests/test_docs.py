@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import importlib.util
 import re
 import subprocess
@@ -75,6 +77,24 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_block_is_run() -> None:
     for page in (*PAGES, README):
         assert len(pages.blocks(page)) == len(re.findall(r"^```python|^<!-- run", page.read_text(), re.M)), page.name
+
+
+def defined(node: ast.AST) -> set[str]:
+    """The names that a piece of syntax gives a meaning to."""
+    if isinstance(node, ast.Name):
+        return set() if isinstance(node.ctx, ast.Load) else {node.id}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    return {node.arg} if isinstance(node, ast.arg) else set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_reader_has_all_names(page: Path) -> None:
+    shown = [node for block in pages.blocks(page) if not block.hidden for node in ast.walk(ast.parse(block.code))]
+    known = set(dir(builtins)).union(*map(defined, shown))
+    assert {node.id for node in shown if isinstance(node, ast.Name)} <= known
 
 
 def test_the_runner_sees_mistakes(tmp_path: Path) -> None:

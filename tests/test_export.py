@@ -399,6 +399,8 @@ def test_dropout_is_off_while_batch_norm_is_estimated() -> None:
     net = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(2)).eval()
     x = torch.randn(50, 2)
     reestimate_batch_norm(net, [x])
+    with pytest.raises(ValueError, match=r"write \[x\]"):
+        reestimate_batch_norm(net, x)
     torch.testing.assert_close(net[1].running_mean, x.mean(0))
     torch.testing.assert_close(net[1].running_var, x.var(0))
 
@@ -444,6 +446,8 @@ def test_three_ways_by_default_are_accuracies() -> None:
         predict_three_ways(bayes, guide, [(x, targets)], num_samples=0)
     with pytest.raises(ValueError, match="no data"):
         predict_three_ways(bayes, guide, [])
+    with pytest.raises(ValueError, match=r"write \[\(x, y\)\]"):
+        predict_three_ways(bayes, guide, (x, targets))
     with pytest.raises(ValueError, match="no data"):
         predict_three_ways(bayes, guide, [(x[:0], targets[:0])])
     with pytest.raises(ValueError, match=r"class numbers of shape \(40,\).*for a regression pass metric"):

@@ -194,6 +194,20 @@ def test_likelihoods_that_are_right_do_not_warn() -> None:
         train_by_fit(None, vdo.TensorBatches(x, y, batch_size=BATCH), kl_weight=BATCH / N)
 
 
+def test_deterministic_sites_are_no_likelihood() -> None:
+    net, (x, y) = bayesian(), data()
+    right = in_plate(net)
+
+    def model(x: Tensor, y: Tensor) -> Any:
+        pyro.deterministic("first", x[0])
+        return right(x, y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches = vdo.TensorBatches(x, y, batch_size=BATCH)
+        vdo.fit(model, vdo.AutoFactorizedNormal(model), batches, epochs=1, progress=False)
+
+
 # --------------------------------------------------------------------------- 6. BatchNorm
 
 
@@ -302,7 +316,7 @@ def test_state_before_setup() -> None:
 def test_state_through_pyros_parameter_store(alive: bool, tmp_path: Path) -> None:
     net, (x, y) = bayesian(), data()
     model = in_plate(net)
-    kept = model if alive else None
+    kept = model if alive else None  # noqa: F841  holds the names
     step(model, vdo.AutoFactorizedNormal(model), x, y)
     pyro.get_param_store().save(tmp_path / "store.pt")
     pyro.clear_param_store()
@@ -313,9 +327,14 @@ def test_state_through_pyros_parameter_store(alive: bool, tmp_path: Path) -> Non
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step(again, vdo.AutoFactorizedNormal(again), x, y)
+        step(again, vdo.AutoFactorizedNormal(again), x, y)
+        once = len(caught)
+        pyro.get_param_store().load(tmp_path / "store.pt")
+        step(again, vdo.AutoFactorizedNormal(again), x, y)
     messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 6, kept  # two biases, and mean and standard deviation of two weights
-    assert all(re.search(r"'.*'.*It is not used.*guide\.state_dict\(\)", message) for message in messages)
+    assert once == 1  # for all six parameters
+    assert len(messages) == 2  # for each load
+    assert all(re.search(r"'.*'.*They are not used.*guide\.state_dict\(\)", message) for message in messages)
 
 
 def test_left_overs_of_an_earlier_network_are_no_news() -> None:

@@ -191,6 +191,9 @@ def test_forest_shows_the_strongest_weights_and_their_intervals(dense: Any) -> N
     points = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
     np.testing.assert_allclose(points, expected["mean"])
     assert "80 %" in ax.get_xlabel()
+    assert "The 5 strongest of" in ax.get_title(loc="left")
+    everything = plots.plot_forest(dense, count=len(table))
+    assert everything.get_title(loc="left").startswith(f"All {len(table):,}")
 
 
 def test_reliability_curve() -> None:

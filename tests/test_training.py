@@ -77,6 +77,12 @@ def test_loss_is_data_term_plus_weighted_kl(weight: float) -> None:
     assert row["kl"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("weight", "shown"), [(0.25, " x 0.25,"), (1.0, ",")])
+def test_progress_shows_the_weight_of_the_kl(weight: float, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    row = Case().fit(epochs=1, kl_weight=weight, progress=True)[0]
+    assert f"KL={row['kl']:.4g}{shown}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "loss",
     [Trace_ELBO(num_particles=4), Trace_ELBO(num_particles=4, vectorize_particles=True), TraceMeanField_ELBO()],

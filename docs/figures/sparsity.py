@@ -16,7 +16,7 @@ def kl_panel(ax: plt.Axes) -> None:
     q = Normal(torch.ones(()), (0.5 * log_alpha).exp())
     ax.plot(log_alpha, kl_divergence(q, vdo.LogUniform()), color=BLUE, lw=2, label="LogUniform")
     ax.plot(log_alpha, kl_divergence(q, vdo.EmpiricalBayesNormal()), color=RED, lw=2, label="EmpiricalBayesNormal")
-    ax.axvline(3, color=INK, lw=1, ls="--")
+    ax.axvline(3, ymax=0.75, color=INK, lw=1, ls="--")  # ends below the legend
     ax.text(3.1, 2.4, "threshold 3", fontsize=9, color=INK)
     ax.set(xlabel="$\\log\\alpha = \\log \\sigma^2/\\mu^2$", ylabel="KL of one weight (nats)", ylim=(0, None))
     ax.set_title("What a weight costs", loc="left", fontsize=10)

@@ -41,7 +41,7 @@ def torch_pruning_module() -> Any:
     except ImportError as error:
         raise ExportError(
             "form='compact' needs torch-pruning for the dependency graph of the network. Install it with "
-            "pip install 'pyro-vdo[compact]', or use form='sparse', which needs nothing more."
+            "pip install 'torch-pruning>=1.4', or use form='sparse', which needs nothing more."
         ) from error
     return torch_pruning
 

@@ -66,7 +66,8 @@ class DataTerm(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if "_enumerate_dim" in msg["infer"]:
             self.complete = False
-        if msg["is_observed"] and not site_is_subsample(msg):
+        is_data = msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_subsample(msg)
+        if is_data:
             particles = math.prod(_compat.particle_sizes())
             self._runs[-1].append((msg["fn"], msg["value"], msg["scale"], msg["mask"], particles))
             if isinstance(msg["scale"], (int, float)) and msg["scale"] == 1 and not site_is_factor(msg):

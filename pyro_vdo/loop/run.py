@@ -389,7 +389,8 @@ class Run(Resumable):
     def _show(self, bar: Any) -> None:
         bar.update(int(not self._bar_of_steps))
         row = self.history[-1]
-        shown = {"loss": f"{row['loss']:.4g}", "data": f"{row['nll']:.4g}", "KL": f"{row['kl']:.4g}"}
+        weight = "" if row["kl_weight"] == 1 else f" x {row['kl_weight']:.3g}"  # the parts add up to the loss
+        shown = {"loss": f"{row['loss']:.4g}", "data": f"{row['nll']:.4g}", "KL": f"{row['kl']:.4g}{weight}"}
         if "kept" in row:
             shown["zero"] = f"{100 * (1 - row['kept'] / max(row['weights'], 1)):.1f}%"
         if units := [str(value) for key, value in row.items() if key.startswith("units_")]:
