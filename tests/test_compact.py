@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -346,6 +348,63 @@ def test_decisions_by_value_are_refused() -> None:
 
     with pytest.raises(ExportError, match="Python"):
         compact_module(Net(), torch.ones(1, 2))
+
+
+@dataclass
+class Points:
+    """A batch as an object, which torch does not open."""
+
+    values: Tensor
+
+
+@pytest.mark.parametrize("role", ["input", "output"])
+def test_objects_that_hide_tensors_are_refused(role: str) -> None:
+    class Net(nn.Sequential):
+        def forward(self, points: Any) -> Any:
+            out = super().forward(points if role == "output" else points.values)
+            return Points(out) if role == "output" else out
+
+    net = Net(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))
+    x = torch.randn(5, 4)
+    with pytest.raises(ExportError, match=rf"{role} of type Points.*register_dataclass"):
+        compact_module(net, x if role == "output" else Points(x))
+
+
+class GraphConvolution(nn.Module):
+    """Two layers on a graph whose adjacency matrix is a sparse buffer or an argument."""
+
+    def __init__(self, adjacency: Tensor | None, product: Any = torch.sparse.mm) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.register_buffer("adjacency", adjacency, persistent=False)
+        self.product = product
+
+    def forward(self, x: Tensor, adjacency: Any = None) -> Tensor:
+        adjacency = self.adjacency if adjacency is None else adjacency
+        return self.last(torch.relu(self.second(torch.relu(self.product(adjacency, self.first(x))))))
+
+
+@pytest.mark.parametrize("product", [torch.sparse.mm, torch.matmul])
+@pytest.mark.parametrize("argument", [False, True])
+def test_sparse_matrices_of_graphs(product: Any, argument: bool) -> None:
+    def graph() -> Tensor:
+        return torch.rand(5, 5).gt(0.5).float().to_sparse()
+
+    net, x = GraphConvolution(None if argument else graph(), product), torch.randn(5, 4)
+    with torch.no_grad():
+        net.first.weight[3:] = 0
+        net.second.weight[:, :2] = 0
+        net.second.weight[3:] = 0
+    small = compact_module(net, (x, graph()) if argument else x)
+    inputs = (x, graph()) if argument else (x,)
+    close(small(*inputs), net(*inputs))
+    assert widths(small) == [(6, 4), (3, 6), (2, 3)]
+
+
+def test_sparse_tensors_that_depend_on_the_input_are_refused() -> None:
+    net = GraphConvolution(None, lambda a, x: torch.sparse.mm(x[:, :5].to_sparse(), x))
+    with pytest.raises(ExportError, match="form='sparse'"):
+        compact_module(net, torch.randn(5, 4))
 
 
 def test_the_original_and_the_random_state_are_left_alone() -> None:
