@@ -350,6 +350,39 @@ def test_decisions_by_value_are_refused() -> None:
         compact_module(Net(), torch.ones(1, 2))
 
 
+class Differences(nn.Module):
+    """Two slices of one tensor, along time or along the units."""
+
+    def __init__(self, along_time: bool) -> None:
+        super().__init__()
+        self.along_time = along_time
+        self.first, self.last = nn.Conv1d(3, 4, 1), nn.Conv1d(4 if along_time else 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        return self.last(h[:, :, 1:] - h[:, :, :-1] if self.along_time else h[:, 1:] - h[:, :-1])
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Differences(True),
+        Differences(False),
+        nn.Sequential(nn.Conv1d(3, 4, 1), nn.ReLU(), nn.Conv1d(4, 2, 3, padding=1, padding_mode="circular")),
+    ],
+    ids=["time", "units", "circular"],
+)
+def test_slices_of_one_tensor_end_and_keep_their_units(net: nn.Module) -> None:
+    first, last = (layer for layer in net.modules() if isinstance(layer, nn.Conv1d))
+    with torch.no_grad():
+        first.weight[1] = 0
+        last.weight[:, 2] = 0
+    x = torch.randn(2, 3, 7)
+    small = compact_module(net, x)
+    close(small(x), net.eval()(x))
+    assert widths(small)[0] == (4, 3, 1)
+
+
 @dataclass
 class Points:
     """A batch as an object, which torch does not open."""

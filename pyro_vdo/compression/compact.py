@@ -124,8 +124,8 @@ def _refuse_objects(values: Any, role: str) -> None:
     if kinds:
         raise ExportError(
             f"compact: the network has an {role} of type {', '.join(kinds)}, whose tensors cannot be seen. Use "
-            "tensors, tuples, lists, dicts or namedtuples, register a dataclass with torch.export.register_dataclass, or use "
-            "form='sparse'."
+            "tensors, tuples, lists, dicts or namedtuples, register a dataclass with torch.export.register_dataclass, "
+            "or use form='sparse'."
         )
 
 

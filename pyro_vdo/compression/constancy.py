@@ -152,6 +152,7 @@ def known_inputs(module: nn.Module, layers: Mapping[str, nn.Module], example: tu
     :returns: the inputs of the layers that are called exactly once.
     :raises DataDependentError: where Python control flow depends on the values of the input.
     """
+
     def forgotten(t: Tensor) -> Tensor:
         return torch.full_like(t, torch.nan, layout=torch.strided) if t.is_floating_point() else t
 

@@ -117,6 +117,8 @@ def graph_of(tp: Any, module: nn.Module, example: tuple[Any, ...]) -> Any:
     for node in graph.module2node.values():
         if type(node.module).__name__ == "_ConcatOp":
             _map_concatenation(node)
+        elif type(node.module).__name__ == "_SliceOp":
+            _forget_slice(tp, node)
     return graph
 
 
@@ -134,6 +136,15 @@ def _map_concatenation(cat: Any) -> None:
                 if edge.index_mapping[1] is None:
                     edge.index_mapping[1] = _Shift(shift, (sum(sizes) if end is source else size))
         first += size
+
+
+def _forget_slice(tp: Any, node: Any) -> None:
+    """Have no indices moved by a slice, whose units stay: from one slice of a tensor to another they never end."""
+    node.type = tp.ops.OPTYPE.ELEMENTWISE
+    for end in (node, *node.inputs):
+        for edge in end.dependencies:
+            if type(edge.index_mapping[0]).__name__ == "_SliceIndexMapping" and node in (edge.source, edge.target):
+                edge.index_mapping[0] = None
 
 
 class _Shift:
