@@ -304,6 +304,22 @@ def test_a_concatenation_with_an_input_is_refused() -> None:
         compact_module(WithInput(), torch.randn(2, 6))
 
 
+class BeforeRecurrence(nn.Module):
+    """A convolution whose positions a recurrent layer reads one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.recurrent, self.last = nn.Conv2d(3, 8, 3), nn.GRU(8, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.recurrent(self.first(x).flatten(2).transpose(1, 2))[0][:, -1])
+
+
+def test_what_torch_pruning_cannot_follow_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"cannot follow.*recurrent.*form='sparse'"):
+        compact_module(BeforeRecurrence(), torch.randn(2, 3, 6, 6))
+
+
 def test_shared_and_repeated_layers_stay() -> None:
     inner = nn.Linear(4, 4)
     net = nn.Sequential(inner, nn.ReLU(), inner, nn.Linear(4, 2)).eval()

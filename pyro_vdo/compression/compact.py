@@ -27,6 +27,7 @@ from pyro_vdo.compression.dependency import (
     columns,
     find_units,
     graph_of,
+    group_of,
     is_transposed,
     read_unit,
     rows,
@@ -322,14 +323,13 @@ def _remove_units(tp: Any, module: nn.Module, check: _Check, name: str) -> bool:
         return False
     if layer not in graph.module2node:
         return False
-    function = graph.get_pruner_of_module(layer).prune_out_channels
     free = {id(m) for m in module.modules()}
-    unit = read_unit(graph, size, graph.get_pruning_group(layer, function, list(range(size))), free)
+    unit = read_unit(graph, size, group_of(graph, layer, list(range(size))), free)
     dead = torch.nonzero(~unit.read())[:, 0].tolist()
     dead = dead[1:] if len(dead) == size else dead  # torch's layers want at least one unit
     if not dead:
         return False
-    group = graph.get_pruning_group(layer, function, dead)
+    group = group_of(graph, layer, dead)
     part = read_unit(graph, size, group, free)
     if bool(part.read()[dead].any()) or not graph.check_pruning_group(group):
         return False
