@@ -205,10 +205,22 @@ def _means(sites: Iterable[str], guide: Any, posteriors: Mapping[str, Any]) -> d
     missing = sorted(set(sites) - known.keys())
     if missing and hasattr(guide, "median"):
         known.update({site: value for site, value in guide.median().items() if site in missing})
-    missing = sorted(set(sites) - known.keys())
-    if missing:
-        raise ExportError(f"export: the guide knows no posterior for {missing}, which are weights of the network")
+    check_known(sites, known)
     return known
+
+
+def check_known(sites: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse sites of a network that its guide does not know.
+
+    :raises ExportError: naming them.
+    """
+    missing = sorted(set(sites) - set(known))
+    if missing:
+        raise ExportError(
+            f"export: the guide knows no posterior for {missing}, which are weights of the network. If another guide "
+            "has them, pass an AutoGuideList with both. If the model never uses these layers, leave them out of where= "
+            "of to_bayesian; for a network that is trained, put others in their place: net.head = torch.nn.Identity()"
+        )
 
 
 def _checked_mask(site: str, mask: Tensor, value: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def to_bayesian(
         tried in this order. What has none is not converted.
     :param where: which parameters: a list of parameter names, or a predicate ``(parameter name, module) -> bool`` over
         all; by default the ``weight`` of the layers in ``LAYERS`` (no biases, no normalisation layers, no recurrent
-        layers; of attention ``out_proj`` alone, so name its ``in_proj_weight``).
+        layers, no frozen or parametrized weights; of attention ``out_proj`` alone, so name its ``in_proj_weight``).
     :param name: prefix of the site names, needed where one model calls several networks.
     :raises TypeError: if ``net`` is no module, ``prior`` no distribution, or ``where`` neither names nor a function.
     :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), compiled
@@ -150,7 +150,7 @@ def _choose(net: nn.Module, where: Any, priors: Mapping[Any, Prior]) -> dict[str
     if not result:
         raise ValueError(
             "to_bayesian: the network has no weight to convert. By default these are the weights of "
-            f"{', '.join(layer.__name__ for layer in LAYERS)}; name others with where=[...]. "
+            f"{', '.join(layer.__name__ for layer in LAYERS)} that require gradients; name others with where=[...]. "
             f"Its parameters: {sorted(candidates)}"
         )
     return result
@@ -218,7 +218,9 @@ def _enclosing(path: str) -> list[str]:
 
 def _names(candidates: Mapping[str, tuple[str, nn.Module]], where: Any) -> list[str]:
     if where is None:
-        return [n for n, (_, m) in candidates.items() if isinstance(m, LAYERS) and n.rpartition(".")[2] == "weight"]
+        names = [n for n, (_, m) in candidates.items() if isinstance(m, LAYERS) and n.rpartition(".")[2] == "weight"]
+        weights = {n: candidates[n][1]._parameters["weight"] for n in names}
+        return [n for n, w in weights.items() if w is not None and (w.requires_grad or not w.is_floating_point())]
     if isinstance(where, type) or not (callable(where) or isinstance(where, Iterable)):
         raise TypeError(
             "to_bayesian: where must be a list of parameter names or a function of parameter name and module, such as "

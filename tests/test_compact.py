@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -302,6 +304,22 @@ def test_a_concatenation_with_an_input_is_refused() -> None:
         compact_module(WithInput(), torch.randn(2, 6))
 
 
+class BeforeRecurrence(nn.Module):
+    """A convolution whose positions a recurrent layer reads one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.recurrent, self.last = nn.Conv2d(3, 8, 3), nn.GRU(8, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.recurrent(self.first(x).flatten(2).transpose(1, 2))[0][:, -1])
+
+
+def test_what_torch_pruning_cannot_follow_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"cannot follow.*recurrent.*form='sparse'"):
+        compact_module(BeforeRecurrence(), torch.randn(2, 3, 6, 6))
+
+
 def test_shared_and_repeated_layers_stay() -> None:
     inner = nn.Linear(4, 4)
     net = nn.Sequential(inner, nn.ReLU(), inner, nn.Linear(4, 2)).eval()
@@ -346,6 +364,96 @@ def test_decisions_by_value_are_refused() -> None:
 
     with pytest.raises(ExportError, match="Python"):
         compact_module(Net(), torch.ones(1, 2))
+
+
+class Differences(nn.Module):
+    """Two slices of one tensor, along time or along the units."""
+
+    def __init__(self, along_time: bool) -> None:
+        super().__init__()
+        self.along_time = along_time
+        self.first, self.last = nn.Conv1d(3, 4, 1), nn.Conv1d(4 if along_time else 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        return self.last(h[:, :, 1:] - h[:, :, :-1] if self.along_time else h[:, 1:] - h[:, :-1])
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Differences(True),
+        Differences(False),
+        nn.Sequential(nn.Conv1d(3, 4, 1), nn.ReLU(), nn.Conv1d(4, 2, 3, padding=1, padding_mode="circular")),
+    ],
+    ids=["time", "units", "circular"],
+)
+def test_slices_of_one_tensor_end_and_keep_their_units(net: nn.Module) -> None:
+    first, last = (layer for layer in net.modules() if isinstance(layer, nn.Conv1d))
+    with torch.no_grad():
+        first.weight[1] = 0
+        last.weight[:, 2] = 0
+    x = torch.randn(2, 3, 7)
+    small = compact_module(net, x)
+    close(small(x), net.eval()(x))
+    assert widths(small)[0] == (4, 3, 1)
+
+
+@dataclass
+class Points:
+    """A batch as an object, which torch does not open."""
+
+    values: Tensor
+
+
+@pytest.mark.parametrize("role", ["input", "output"])
+def test_objects_that_hide_tensors_are_refused(role: str) -> None:
+    class Net(nn.Sequential):
+        def forward(self, points: Any) -> Any:
+            out = super().forward(points if role == "output" else points.values)
+            return Points(out) if role == "output" else out
+
+    net = Net(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))
+    x = torch.randn(5, 4)
+    with pytest.raises(ExportError, match=rf"{role} of type Points.*register_dataclass"):
+        compact_module(net, x if role == "output" else Points(x))
+
+
+class GraphConvolution(nn.Module):
+    """Two layers on a graph whose adjacency matrix is a sparse buffer or an argument."""
+
+    def __init__(self, adjacency: Tensor | None, product: Any = torch.sparse.mm) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.register_buffer("adjacency", adjacency, persistent=False)
+        self.product = product
+
+    def forward(self, x: Tensor, adjacency: Any = None) -> Tensor:
+        adjacency = self.adjacency if adjacency is None else adjacency
+        return self.last(torch.relu(self.second(torch.relu(self.product(adjacency, self.first(x))))))
+
+
+@pytest.mark.parametrize("product", [torch.sparse.mm, torch.matmul])
+@pytest.mark.parametrize("argument", [False, True])
+def test_sparse_matrices_of_graphs(product: Any, argument: bool) -> None:
+    def graph() -> Tensor:
+        return torch.rand(5, 5).gt(0.5).float().to_sparse()
+
+    net, x = GraphConvolution(None if argument else graph(), product), torch.randn(5, 4)
+    with torch.no_grad():
+        net.first.weight[3:] = 0
+        net.second.weight[:, :2] = 0
+        net.second.weight[3:] = 0
+    small = compact_module(net, (x, graph()) if argument else x)
+    inputs = (x, graph()) if argument else (x,)
+    close(small(*inputs), net(*inputs))
+    assert widths(small) == [(6, 4), (3, 6), (2, 3)]
+
+
+def test_sparse_tensors_that_depend_on_the_input_are_refused() -> None:
+    net = GraphConvolution(None, lambda a, x: torch.sparse.mm(x[:, :5].to_sparse(), x))
+    with pytest.raises(ExportError, match="form='sparse'"):
+        compact_module(net, torch.randn(5, 4))
 
 
 def test_the_original_and_the_random_state_are_left_alone() -> None:

@@ -20,6 +20,7 @@ from torch.distributions import constraints
 import pyro_vdo as vdo
 from pyro_vdo.compression.sparse_layers import SparseLinear
 from pyro_vdo.export import FORMS, export, plain_module, predict_three_ways, prune_module, reestimate_batch_norm
+from pyro_vdo.shrink import shrink
 
 
 def bayesian(net: nn.Module, *args: Any, seed: int = 0, **options: Any) -> tuple[Any, Any]:
@@ -201,6 +202,29 @@ def test_errors_name_the_remedy() -> None:
         export(bayes, guide, masks=torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="must be a boolean tensor"):
         export(bayes, guide, masks={"0.weight": True})
+
+
+class WithSpareHead(nn.Module):
+    """A network with a layer that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.spare = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_a_layer_that_the_model_never_uses() -> None:
+    x = torch.randn(5, 4)
+    net = vdo.to_bayesian(WithSpareHead(), vdo.LogUniform())
+    guide = vdo.AutoFactorizedNormal(net).setup(x)
+    for fails in (lambda: export(net, guide), lambda: shrink(net, guide, x)):
+        with pytest.raises(vdo.ExportError, match=r"spare\.weight.*where=.*net\.head = torch\.nn\.Identity"):
+            fails()
+    net.spare = nn.Identity()
+    mask = vdo.masks(guide)["body.weight"]
+    torch.testing.assert_close(export(net, guide, "masked").body.weight, guide.posteriors()["body.weight"].mean * mask)
 
 
 def test_prune_module() -> None:

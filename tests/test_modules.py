@@ -84,6 +84,25 @@ def test_default_choice_is_the_weights_of_layers_with_a_rule() -> None:
     assert guide.posteriors().keys() == {"stem.weight", "block.3.weight", "head.out.weight"}
 
 
+def test_frozen_layers_stay_as_they_are() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    assert list(bayesian_weights(vdo.to_bayesian(net, vdo.LogUniform()))) == ["2.weight"]
+    assert list(bayesian_weights(vdo.to_bayesian(net, vdo.LogUniform(), where=["0.weight"]))) == ["0.weight"]
+    bayesian, x = vdo.to_bayesian(net, vdo.LogUniform()), torch.randn(5, 3)
+
+    def model(x: Tensor) -> None:
+        pyro.sample("y", dist.Normal(bayesian(x), 1.0).to_event(2), obs=torch.zeros(5, 2))
+
+    guide = vdo.AutoFactorizedNormal(model)
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(x)
+    exported = vdo.export(bayesian, guide, "masked")
+    assert torch.equal(exported[0].weight, net[0].weight)
+    assert [p.requires_grad for p in exported.parameters()] == [False, False, True, True]
+    with pytest.raises(ValueError, match="that require gradients"):
+        vdo.to_bayesian(net.requires_grad_(False), vdo.LogUniform())
+
+
 def test_where() -> None:
     plain = Residual()
     net = vdo.to_bayesian(plain, vdo.LogUniform(), where=["stem.weight", "stem.bias"])

@@ -166,6 +166,21 @@ def test_an_extra_state_is_refused() -> None:
         to_bytes(Extra(2, 2))
 
 
+def test_sparse_buffers_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    net.register_buffer("adjacency", torch.eye(2).to_sparse())
+    with pytest.raises(ExportFileError, match=r"adjacency.*persistent=False"):
+        to_bytes(net)
+
+    class Graph(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("adjacency", torch.eye(2).to_sparse(), persistent=False)
+
+    loaded = from_bytes(to_bytes(Graph()), Graph())
+    assert torch.equal(loaded.adjacency.to_dense(), torch.eye(2))
+
+
 @pytest.mark.parametrize(
     "layer",
     [

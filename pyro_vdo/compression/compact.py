@@ -27,6 +27,7 @@ from pyro_vdo.compression.dependency import (
     columns,
     find_units,
     graph_of,
+    group_of,
     is_transposed,
     read_unit,
     rows,
@@ -54,7 +55,8 @@ def compact_module(module: nn.Module, example_inputs: Any, *, select_inputs: boo
     :param example_inputs: a tensor or a tuple of arguments, of the shapes that the network takes. The values of
         floating-point tensors do not matter.
     :param select_inputs: put :class:`Select` before layers of which at least 20% of the inputs are dead still.
-    :raises ExportError: without torch-pruning, or where the network cannot be followed.
+    :raises ExportError: without torch-pruning, or where the network cannot be followed, as with inputs or outputs that
+        are objects of classes of your own.
     """
     tp = torch_pruning_module()
     with torch.inference_mode(False), torch.enable_grad():
@@ -77,6 +79,7 @@ class _Check:
     """The network in double precision, where it runs so, and its outputs at random inputs."""
 
     def __init__(self, module: nn.Module, example: tuple[Any, ...]) -> None:
+        _refuse_objects(example, "input")
         dtypes = {t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.module, self.tolerance = module, 1e-3
@@ -95,8 +98,9 @@ class _Check:
 
     def _outputs(self, module: nn.Module) -> list[Tensor]:
         with torch.no_grad():
-            outputs = tree_leaves(module(*self.example))
-        return [t for t in outputs if isinstance(t, Tensor)]
+            outputs = module(*self.example)
+        _refuse_objects(outputs, "output")
+        return [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
 
     def holds(self, module: nn.Module) -> bool:
         """True where ``module`` runs and has the outputs of the original."""
@@ -112,6 +116,18 @@ class _Check:
     def restore(self, module: nn.Module) -> nn.Module:
         """``module`` in the precision of the original."""
         return module if self.dtype is None else module.to(self.dtype)
+
+
+def _refuse_objects(values: Any, role: str) -> None:
+    """Tensors inside of objects that torch does not open would be taken for constants, and not be compared."""
+    plain = (Tensor, int, float, complex, str, bytes, slice, type(None), torch.dtype, torch.device)
+    kinds = sorted({type(leaf).__name__ for leaf in tree_leaves(values) if not isinstance(leaf, plain)})
+    if kinds:
+        raise ExportError(
+            f"compact: the network has an {role} of type {', '.join(kinds)}, whose tensors cannot be seen. Use "
+            "tensors, tuples, lists, dicts or namedtuples, register a dataclass with torch.export.register_dataclass, "
+            "or use form='sparse'."
+        )
 
 
 def _cast(example: Any, dtype: torch.dtype) -> Any:
@@ -307,14 +323,13 @@ def _remove_units(tp: Any, module: nn.Module, check: _Check, name: str) -> bool:
         return False
     if layer not in graph.module2node:
         return False
-    function = graph.get_pruner_of_module(layer).prune_out_channels
     free = {id(m) for m in module.modules()}
-    unit = read_unit(graph, size, graph.get_pruning_group(layer, function, list(range(size))), free)
+    unit = read_unit(graph, size, group_of(graph, layer, list(range(size))), free)
     dead = torch.nonzero(~unit.read())[:, 0].tolist()
     dead = dead[1:] if len(dead) == size else dead  # torch's layers want at least one unit
     if not dead:
         return False
-    group = graph.get_pruning_group(layer, function, dead)
+    group = group_of(graph, layer, dead)
     part = read_unit(graph, size, group, free)
     if bool(part.read()[dead].any()) or not graph.check_pruning_group(group):
         return False

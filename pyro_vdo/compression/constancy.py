@@ -35,6 +35,8 @@ class DataDependentError(RuntimeError):
 
 
 def _is_unknown(x: Tensor) -> Tensor:
+    if x.layout is not torch.strided:  # a constant of the network: others are refused where they are made
+        return torch.zeros((), dtype=torch.bool, device=x.device)
     return torch.isnan(x)  # False for integers
 
 
@@ -63,12 +65,15 @@ class _Propagation(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         tainted = any(_memory(t) in self.tainted for t in tensors)
+        sparse = any(t.layout is not torch.strided for t in tensors)
         packet = func.overloadpacket
         random = torch.Tag.nondeterministic_seeded in func.tags
         if not tainted and not random and not any(bool(_is_unknown(t).any()) for t in tensors):
             return func(*args, **kwargs)
         if packet in _TO_PYTHON:
             raise DataDependentError(f"the network turns values that depend on its input into Python ones ({func})")
+        if sparse:
+            return tree_map_only(Tensor, lambda t: self._forget(t, None), func(*args, **kwargs))
         if packet is aten.embedding:
             return self._embedding(args[0], func(*args, **kwargs))
         if not tainted and packet in _PRODUCTS:
@@ -81,6 +86,8 @@ class _Propagation(TorchDispatchMode):
 
     def _forget(self, result: Tensor, unknown: list[Tensor] | None) -> Tensor:
         """Make ``result`` unknown: where one of the masks is true, or everywhere."""
+        if result.layout is not torch.strided:
+            raise DataDependentError("the network has sparse tensors that depend on its input, which are not followed")
         if not (result.is_floating_point() or result.is_complex()):
             return self._taint(result)
         if unknown is None:
@@ -100,7 +107,7 @@ class _Propagation(TorchDispatchMode):
 
 
 def _memory(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+    return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)
 
 
 def _is_elementwise(func: Any) -> bool:
@@ -145,7 +152,11 @@ def known_inputs(module: nn.Module, layers: Mapping[str, nn.Module], example: tu
     :returns: the inputs of the layers that are called exactly once.
     :raises DataDependentError: where Python control flow depends on the values of the input.
     """
-    unknown = tree_map_only(Tensor, lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t, example)
+
+    def forgotten(t: Tensor) -> Tensor:
+        return torch.full_like(t, torch.nan, layout=torch.strided) if t.is_floating_point() else t
+
+    unknown = tree_map_only(Tensor, forgotten, example)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

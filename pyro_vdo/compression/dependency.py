@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +100,25 @@ class _Input(torch.autograd.Function):
         return marked
 
 
+@contextmanager
+def _following() -> Iterator[None]:
+    """Errors of torch-pruning at what it cannot follow, with the remedy."""
+    try:
+        yield
+    except (TypeError, IndexError, KeyError, ZeroDivisionError) as error:
+        raise ExportError(
+            f"compact: torch-pruning cannot follow this network ({type(error).__name__}: {error}), which happens where "
+            "an input of the network is concatenated with the output of a layer, channels are split behind reshapes, "
+            "or at recurrent layers. Use form='sparse'."
+        ) from error
+
+
+def group_of(graph: Any, layer: nn.Module, outputs: list[int]) -> Any:
+    """What goes with these outputs of a layer."""
+    with _following():
+        return graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, outputs)
+
+
 def graph_of(tp: Any, module: nn.Module, example: tuple[Any, ...]) -> Any:
     def forward(model: nn.Module, example: Any) -> list[Tensor]:
         # So the inputs and outputs of the network are nodes of their own, and their units are nobody's to remove.
@@ -107,16 +128,13 @@ def graph_of(tp: Any, module: nn.Module, example: tuple[Any, ...]) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about parameters outside of layers, which are left alone here
-        try:
+        with _following():
             graph = tp.DependencyGraph().build_dependency(module, example, forward_fn=forward)
-        except TypeError as error:  # it counts the channels of a concatenation, and knows none of the network's inputs
-            raise ExportError(
-                f"compact: torch-pruning cannot follow this network ({error}), which happens where an input of the "
-                "network is concatenated with the output of a layer. Use form='sparse'."
-            ) from error
     for node in graph.module2node.values():
         if type(node.module).__name__ == "_ConcatOp":
             _map_concatenation(node)
+        elif type(node.module).__name__ == "_SliceOp":
+            _forget_slice(tp, node)
     return graph
 
 
@@ -134,6 +152,15 @@ def _map_concatenation(cat: Any) -> None:
                 if edge.index_mapping[1] is None:
                     edge.index_mapping[1] = _Shift(shift, (sum(sizes) if end is source else size))
         first += size
+
+
+def _forget_slice(tp: Any, node: Any) -> None:
+    """Have no indices moved by a slice, whose units stay: from one slice of a tensor to another they never end."""
+    node.type = tp.ops.OPTYPE.ELEMENTWISE
+    for end in (node, *node.inputs):
+        for edge in end.dependencies:
+            if type(edge.index_mapping[0]).__name__ == "_SliceIndexMapping" and node in (edge.source, edge.target):
+                edge.index_mapping[0] = None
 
 
 class _Shift:
@@ -154,9 +181,7 @@ def find_units(tp: Any, module: nn.Module, example: tuple[Any, ...], free: set[i
     for layer in module.modules():
         if type(layer) in (*LAYERS, nn.Embedding) and layer in graph.module2node and id(layer) not in covered:
             size = rows(layer).shape[0]
-            function = graph.get_pruner_of_module(layer).prune_out_channels
-            group = graph.get_pruning_group(layer, function, list(range(size)))
-            unit = read_unit(graph, size, group, free)
+            unit = read_unit(graph, size, group_of(graph, layer, list(range(size))), free)
             covered |= {id(producer) for producer, outputs, _ in unit.producers if len(outputs) == len(rows(producer))}
             result.append(unit)
     return result

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ def save(module: nn.Module, path: str | os.PathLike[str], *, threshold: float | 
     :param path: the file; by custom ``.safetensors``.
     :param threshold: for the header, where ``module.export_info`` does not tell it.
     :returns: the size of the file in bytes.
-    :raises ExportFileError: if the file cannot be written, or the module has an extra state.
+    :raises ExportFileError: if the file cannot be written, or the module has an extra state or sparse tensors.
     """
     target = Path(path)
     data = to_bytes(module, threshold)
@@ -99,6 +100,12 @@ def _named_values(module: nn.Module) -> dict[str, Any]:
     if strange:
         raise ExportFileError(
             f"{sorted(strange)} are neither parameters nor buffers, and a file of this kind holds nothing else"
+        )
+    odd = [n for n, v in state.items() if v.layout is not torch.strided]
+    if odd:
+        raise ExportFileError(
+            f"{sorted(odd)} are sparse tensors, which a file of this kind does not hold. Register such a buffer with "
+            "persistent=False, so that the skeleton for load brings it along, or as a dense tensor"
         )
     return {**state, **result}
 
