@@ -32,9 +32,10 @@ class FactorizedNormal(dist.Normal):
     :param name: the name of the site, for messages.
     :param policy: what to do when a weight is used in two ways, see :class:`ReusePolicy`.
     :param kept: False for pruned weights: their samples are exactly 0 and they have no part in the KL. ``loc`` has to
-        be 0 there.
+        be 0 there, and ``log_scale`` where it is given.
     :param block: the rows and columns that have any weight left, to which products can be confined.
-    :raises ValueError: for a scale that is not positive or values that are not finite, if validation is on.
+    :raises ValueError: for a scale that is not positive, values that are not finite and pruned weights that are not 0,
+        if validation is on.
     """
 
     def __init__(
@@ -64,6 +65,10 @@ class FactorizedNormal(dist.Normal):
         if log_scale is not None and log_scale.shape != self.loc.shape:
             self._log_scale = log_scale.expand(self.loc.shape)
         self.kept = kept if kept is None or kept.shape == self.loc.shape else kept.expand(self.loc.shape)
+        if self.kept is not None and self._validate_args:
+            for what, value in (("loc", self.loc), ("log_scale", self._log_scale)):
+                if value is not None and bool((value * ~self.kept).any()):  # sums over whole weights take it for 0
+                    raise ValueError(f"FactorizedNormal: {what} must be 0 where kept is False: {what} * kept")
 
     @property
     def scale(self) -> Tensor:
