@@ -28,10 +28,16 @@ def log_alpha(loc: Tensor, scale: Tensor) -> Tensor:
     return 2 * (scale.log() - loc.abs().log())
 
 
+def _of_kept(q: Any, kl: Tensor) -> Tensor:
+    """``kl``, 0 for pruned weights."""
+    kept = getattr(q, "kept", None)
+    return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
+
+
 @register_kl(Normal, LogUniform)
 def _normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
     """KL(Normal || LogUniform), elementwise, 0 as alpha tends to infinity. See special.py."""
-    return _LOG_UNIFORM_KLS[p.kl](q.loc, q.scale)
+    return _of_kept(q, _LOG_UNIFORM_KLS[p.kl](q.loc, q.scale))
 
 
 def _bounded_log_alpha(loc: Tensor, scale: Tensor, largest: float) -> Tensor:
@@ -95,7 +101,7 @@ def _normal_empirical_bayes(q: Normal, p: EmpiricalBayesNormal) -> Tensor:
     share = group_mean(kept.to(second.dtype), p.group, ndim).clamp(min=1 / kept.numel())
     second = torch.where(kept, second, torch.zeros_like(second))
     second = (group_mean(second, p.group, ndim) / share).clamp(min=torch.finfo(second.dtype).tiny)
-    return torch.where(kept, 0.5 * second.log() + unit.log() - log_scale, torch.zeros_like(log_scale))
+    return _of_kept(q, 0.5 * second.log() + unit.log() - log_scale)
 
 
 def _log_scale(q: Normal) -> Tensor:
@@ -107,23 +113,21 @@ def _log_scale(q: Normal) -> Tensor:
 def _normal_scaled_normal(q: Normal, p: ScaledNormal) -> Tensor:
     """(mu^2 + sigma^2) / 2 s^2 - 1/2 + log s - log sigma, elementwise; 0 for pruned weights."""
     ratio = (q.loc / p.scale).square() + (q.scale / p.scale).square()
-    kl = 0.5 * (ratio - 1) + p.scale.log() - _log_scale(q)
-    kept = getattr(q, "kept", None)
-    return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
+    return _of_kept(q, 0.5 * (ratio - 1) + p.scale.log() - _log_scale(q))
 
 
 @register_kl(GaussianDropoutNormal, LogUniform)
 def _dropout_log_uniform(q: GaussianDropoutNormal, p: LogUniform) -> Tensor:
     """The same function of alpha alone: no gradient in theta, no 0/0 at theta = 0 (Kingma et al. 2015, section 3)."""
     half = (0.5 * q.log_noise).exp()
-    return _LOG_UNIFORM_KLS[p.kl](torch.ones_like(half), half)
+    return _of_kept(q, _LOG_UNIFORM_KLS[p.kl](torch.ones_like(half), half))
 
 
 @register_kl(GaussianDropoutNormal, EmpiricalBayesNormal)
 def _dropout_empirical_bayes(q: GaussianDropoutNormal, p: EmpiricalBayesNormal) -> Tensor:
     """log(1 + 1/alpha) / 2 with a lambda for each weight; theta counts where weights share lambda."""
     if p.group == "weight":
-        return 0.5 * F.softplus(-q.log_noise)
+        return _of_kept(q, 0.5 * F.softplus(-q.log_noise))
     floor = torch.finfo(q.loc.dtype).tiny  # that of log_scale: a group may be all 0, as a padding row is
     theta = torch.where(q.loc == 0, floor, q.loc)
     kl: Tensor = _normal_empirical_bayes(GaussianDropoutNormal(theta, q.log_noise, kept=q.kept), p)
@@ -145,10 +149,9 @@ def _truncated_log_normal_log_uniform(q: TruncatedLogNormal, p: TruncatedLogUnif
 @register_kl(Normal, NormalScaleMixture)
 def _normal_scale_mixture(q: Normal, p: NormalScaleMixture) -> Tensor:
     """-H(q) - log p(sqrt(E w^2)), elementwise: the KL of a weight and its scale, at the scale's best posterior."""
-    square, kept = q.loc.square() + q.scale.square(), getattr(q, "kept", None)
+    square = q.loc.square() + q.scale.square()
     square = square.clamp(min=torch.finfo(square.dtype).tiny)  # the horseshoe is infinite at 0
-    kl = -fused.ENTROPY_CONSTANT - _log_scale(q) - p.log_density_of_square(square)
-    return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
+    return _of_kept(q, -fused.ENTROPY_CONSTANT - _log_scale(q) - p.log_density_of_square(square))
 
 
 def _to_proper(q: FactorizedNormal | PrunedNormal, p: Any) -> Tensor:

@@ -28,13 +28,14 @@ class FactorizedNormal(dist.Normal):
     :param loc: mean, any shape.
     :param scale: standard deviation > 0, broadcastable against ``loc``; not needed where ``log_scale`` is given.
     :param log_scale: log(scale), if it is at hand; saves passes over the weights. Without ``scale`` it has the shape of
-        ``loc``.
+        ``loc``, with it that of either.
     :param name: the name of the site, for messages.
     :param policy: what to do when a weight is used in two ways, see :class:`ReusePolicy`.
     :param kept: False for pruned weights: their samples are exactly 0 and they have no part in the KL. ``loc`` has to
-        be 0 there.
+        be 0 there, and ``log_scale`` where it is given.
     :param block: the rows and columns that have any weight left, to which products can be confined.
-    :raises ValueError: for a scale that is not positive or values that are not finite, if validation is on.
+    :raises ValueError: for a scale that is not positive, values that are not finite and pruned weights that are not 0,
+        if validation is on.
     """
 
     def __init__(
@@ -49,7 +50,6 @@ class FactorizedNormal(dist.Normal):
         block: Block | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.kept = kept
         self.block = block
         self.name = name
         self.policy = ReusePolicy() if policy is None else policy
@@ -62,6 +62,13 @@ class FactorizedNormal(dist.Normal):
             Distribution.__init__(self, loc.shape, validate_args=validate_args)
         else:
             raise ValueError("FactorizedNormal: give scale, or tensors loc and log_scale of one shape")
+        if log_scale is not None and log_scale.shape != self.loc.shape:
+            self._log_scale = log_scale.expand(self.loc.shape)
+        self.kept = kept if kept is None or kept.shape == self.loc.shape else kept.expand(self.loc.shape)
+        if self.kept is not None and self._validate_args:
+            for what, value in (("loc", self.loc), ("log_scale", self._log_scale)):
+                if value is not None and bool((value * ~self.kept).any()):  # sums over whole weights take it for 0
+                    raise ValueError(f"FactorizedNormal: {what} must be 0 where kept is False: {what} * kept")
 
     @property
     def scale(self) -> Tensor:
@@ -156,12 +163,12 @@ class FactorizedNormal(dist.Normal):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at real numbers; at an undrawn weight minus its entropy, elementwise; 0 for pruned weights."""
-        if not isinstance(value, Undrawn):
-            density = _normal_log_prob(self, value)
-            return density if self.kept is None else density * self.kept
         if isinstance(value, GaussianWeight) and self._is_law_of(value):
             return value.expected_log_law()
-        return _expected_normal_log_prob(self, value)
+        density = (
+            _expected_normal_log_prob(self, value) if isinstance(value, Undrawn) else _normal_log_prob(self, value)
+        )
+        return density if self.kept is None else density * self.kept
 
     def _is_law_of(self, weight: GaussianWeight) -> bool:
         if weight.is_root and weight.variable.source is self:
@@ -227,7 +234,8 @@ class PrunedNormal(DrawnNormal):
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles; 0 for the pruned weights."""
-        return super().icdf(value) * self.kept  # type: ignore[no-any-return]
+        normal: Tensor = super().icdf(value)
+        return torch.where(self.kept, normal, torch.zeros_like(normal))
 
 
 class UndrawnEvent(dist.Independent):

@@ -254,7 +254,7 @@ class EmpiricalBayesNormal(WeightPrior):
         ndim = self.weight_dim(value.dim())
         unit = group_max(value.detach().abs(), self.group, ndim)
         share = group_mean(kept.to(value.dtype), self.group, ndim)
-        alive = (unit > 0) & (share > 0)
+        alive = unit > 0
         unit, share = torch.where(alive, unit, torch.ones_like(unit)), torch.where(alive, share, torch.ones_like(share))
         second = group_mean((value / unit).square(), self.group, ndim) / share
         return torch.where(alive, second, torch.ones_like(second)).sqrt() * unit

@@ -73,6 +73,16 @@ def test_entropy_and_divergences_are_those_of_the_joint_law_drawn_or_not():
         torch.testing.assert_close(kl_divergence(law, p).sum(-1), expected)
 
 
+def test_marginals_of_pruned_weights_are_zero_drawn_or_not():
+    kept = torch.tensor([True, False, True])
+    q = vdo.CorrelatedNormal(kept * torch.ones(3), torch.diag(torch.tensor([0.5, 1.0, 0.5])), kept=kept)
+    for law in (q, q.drawn()):
+        torch.testing.assert_close(law.variance, 0.25 * kept)
+        torch.testing.assert_close(law.cdf(torch.zeros(3))[1], torch.tensor(1.0))
+        for at in (0.0, 0.9, 1.0):
+            torch.testing.assert_close(law.icdf(torch.tensor(at))[1], torch.tensor(0.0))
+
+
 def test_kl_to_empirical_bayes_is_half_the_log_ratio_of_the_second_moments_to_the_determinant():
     """log prod lambda_i - log det Sigma / 2 with lambda_i^2 = mu_i^2 + Sigma_ii: the other terms cancel."""
     q = posterior(4)

@@ -373,3 +373,10 @@ def test_a_scaled_normal_has_a_positive_scale() -> None:
     assert vdo.ScaledNormal(2.0).expand((3,)).scale.tolist() == [2.0] * 3
     with pytest.raises(ValueError, match="scale must be > 0"):
         vdo.ScaledNormal(torch.tensor([1.0, -1.0]))
+
+
+def test_a_scaled_normal_takes_integers_and_transforms() -> None:
+    assert vdo.ScaledNormal(2).expand((3,)).sample().dtype == torch.float32
+    w = torch.randn(3)
+    densities = torch.vmap(lambda scale: vdo.ScaledNormal(scale).log_prob(w).sum())(torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(densities, Normal(0.0, torch.tensor([[1.0], [2.0]])).log_prob(w).sum(1))

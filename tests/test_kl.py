@@ -118,6 +118,64 @@ def test_kl_of_gaussian_dropout_to_proper_priors_is_finite_at_zero(prior: dist.D
     torch.testing.assert_close(kl[2].detach(), -prior.log_prob(zero) if pruned else at_zero.detach())
 
 
+KEPT = torch.tensor([[True, False, True], [False, False, False]])
+
+
+def pruned_law(family: str, loc: Tensor, spread: Tensor, kept: Tensor | None) -> vdo.FactorizedNormal:
+    """A law whose pruned weights have a spread that is not that of Normal(0, 1)."""
+    if family == "dropout":
+        return vdo.GaussianDropoutNormal(loc, spread, kept=kept)
+    q = vdo.FactorizedNormal(loc, spread.exp(), kept=kept)
+    return q.drawn() if family == "drawn" else q  # type: ignore[return-value]
+
+
+def pruned_parameters() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("family", ["normal", "drawn", "dropout"])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        vdo.LogUniform(),
+        vdo.LogUniform("kingma"),
+        vdo.LogUniform("molchanov"),
+        vdo.EmpiricalBayesNormal(),
+        vdo.ScaledNormal(0.5),
+        vdo.ScaleMixtureNormal((1.0, 0.1)),
+        dist.Normal(0.3, 2.0),
+        dist.Laplace(0.0, 1.0),
+    ],
+    ids=repr,
+)
+def test_pruned_weights_have_no_part_in_the_kl(family: str, prior: dist.Distribution) -> None:
+    loc, spread = pruned_parameters()
+    kl = kl_divergence(pruned_law(family, loc * KEPT, spread, KEPT), prior)
+    expected = kl_divergence(pruned_law(family, loc, spread, None), prior)
+    constant = prior.log_prob(torch.zeros(())) if isinstance(prior, dist.Normal | dist.Laplace) else 0.0
+    torch.testing.assert_close(kl[KEPT], expected[KEPT])
+    torch.testing.assert_close(kl[~KEPT], torch.zeros(4, dtype=torch.float64) - constant)
+    (gradient,) = torch.autograd.grad(kl.sum(), spread)
+    assert not gradient[~KEPT].any()
+
+
+@pytest.mark.parametrize("family", ["normal", "dropout"])
+@pytest.mark.parametrize("group", ["layer", "output", "input"])
+def test_pruned_weights_have_no_part_in_a_learned_scale(group: str, family: str) -> None:
+    loc, spread = pruned_parameters()
+    prior = vdo.EmpiricalBayesNormal((0,) if group == "output" else (1,) if group == "input" else group)
+    q = pruned_law(family, loc * KEPT, spread, KEPT)
+    kl = kl_divergence(q, prior.expand([2, 3]))
+    second = (q.loc.square() + q.scale.square())[0]
+    mean = second if group == "input" else second[KEPT[0]].mean()
+    expected = 0.5 * (mean / q.scale[0].square()).log()
+    torch.testing.assert_close(kl, torch.where(KEPT, expected, 0.0))
+    (gradient,) = torch.autograd.grad(kl.sum(), spread)
+    assert gradient.isfinite().all()
+    assert not gradient[~KEPT].any()
+
+
 def test_shapes_broadcast() -> None:
     q = vdo.FactorizedNormal(torch.randn(5, 1), torch.rand(3) + 0.1)
     assert kl_divergence(q, vdo.LogUniform().expand([5, 3])).shape == (5, 3)

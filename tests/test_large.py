@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "is_composable_only", lambda *_: True)
 
 
-def assert_gradients_agree(gradients: list[Tensor], expected: list[Tensor], rtol: float = 1e-4) -> None:
+def assert_gradients_agree(gradients: Sequence[Tensor], expected: Sequence[Tensor], rtol: float = 1e-4) -> None:
     for gradient, reference in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=rtol, atol=1e-5 * reference.abs().max().item())
 
@@ -82,6 +83,8 @@ def data_and_kl(loc: Tensor, log_scale: Tensor, use: str) -> tuple[Tensor, Tenso
     data = loc.new_zeros(())
     if use in ("linear", "twice"):
         data = data + nn.functional.linear(x, w).sin().sum()
+    if use == "mean":
+        data = data + w.loc.sin().sum()
     if use == "drawn":  # loc and scale * eps share one gradient
         data = data + (x @ (w * 1.0).draw().mT).sin().sum()
     elif use == "twice":
@@ -104,6 +107,35 @@ def test_gradients_meet_whatever_uses_the_weight(use: str, monkeypatch: pytest.M
     composed(monkeypatch)
     expected = torch.autograd.grad(objective(loc, log_scale, use), (loc, log_scale))
     assert_gradients_agree(list(gradients), list(expected), rtol=1e-9)
+
+
+@pytest.mark.parametrize("use", ["linear", "mean", "nothing"])
+@pytest.mark.parametrize("layout", ["wider than a part", "by columns"])
+def test_gradients_meet_in_any_layout(layout: str, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loc, log_scale = parameters()
+    if layout == "by columns":
+        loc, log_scale = (nn.Parameter(each.detach().mT.contiguous().mT) for each in (loc, log_scale))
+    else:
+        monkeypatch.setattr(large, "_PART", 7)
+    gradients = torch.autograd.grad(objective(loc, log_scale, use), (loc, log_scale))
+    composed(monkeypatch)
+    assert_gradients_agree(list(gradients), torch.autograd.grad(objective(loc, log_scale, use), (loc, log_scale)), 1e-9)
+
+
+def test_large_weights_in_half_precision() -> None:
+    loc, log_scale = parameters(torch.bfloat16)
+    gradients = torch.autograd.grad(data_and_kl(loc, log_scale, "nothing")[1], (loc, log_scale))
+    wide = [nn.Parameter(param.detach().double()) for param in (loc, log_scale)]
+    expected = torch.autograd.grad(data_and_kl(*wide, "nothing")[1], wide)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=0.02, atol=0.02)
+
+
+def test_large_weights_inside_of_a_transform() -> None:
+    loc, log_scale = parameters()
+    expected = torch.autograd.grad(data_and_kl(loc, log_scale, "nothing")[1], (loc, log_scale))
+    transformed = torch.func.grad(lambda *params: data_and_kl(*params, "nothing")[1], argnums=(0, 1))
+    assert_gradients_agree(transformed(loc.detach(), log_scale.detach()), expected, rtol=1e-9)
 
 
 def test_second_backward_pass_and_accumulation() -> None:

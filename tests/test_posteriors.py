@@ -119,11 +119,23 @@ def test_pruned_weights_have_no_spread() -> None:
         torch.testing.assert_close(each.stddev, torch.tensor([0.5, 0.0]))
         torch.testing.assert_close(each.variance, torch.tensor([0.25, 0.0]))
     for law in (q, q.drawn()):
-        torch.testing.assert_close(law.icdf(torch.tensor(0.9))[1], torch.tensor(0.0))
+        for at in (0.0, 0.9, 1.0):
+            torch.testing.assert_close(law.icdf(torch.tensor(at))[1], torch.tensor(0.0))
         w = torch.tensor([0.3, 0.0])
         torch.testing.assert_close(law.entropy(), torch.distributions.Normal(loc, 0.5).entropy() * kept)
         torch.testing.assert_close(law.cdf(torch.zeros(2))[1], torch.tensor(1.0))
         torch.testing.assert_close(law.log_prob(w), torch.distributions.Normal(loc, 0.5).log_prob(w) * kept)
+    other = vdo.FactorizedNormal(torch.ones(2), torch.ones(2)).rsample()
+    assert q.log_prob(other)[0] != 0.0 == q.log_prob(other)[1]
+
+
+@pytest.mark.parametrize("what", ["loc", "log_scale"])
+def test_pruned_weights_that_are_not_zero_are_refused(what: str) -> None:
+    kept = torch.tensor([True, False])
+    numbers = {"loc": torch.tensor([1.0, 0.0]), "log_scale": torch.tensor([-1.0, 0.0])}
+    vdo.FactorizedNormal(**numbers, kept=kept)
+    with pytest.raises(ValueError, match=f"{what} must be 0 where kept is False"):
+        vdo.FactorizedNormal(**{**numbers, what: torch.tensor([-1.0, 0.5])}, kept=kept)
 
 
 def test_a_log_scale_alone_has_the_shape_of_the_mean() -> None:
@@ -143,9 +155,12 @@ def test_parameters_that_weights_share_count_for_each(
     prior = vdo.LogUniform()
     kept = (torch.rand(shape) < 0.5).expand(5, 6)
     options: dict[str, Any]
-    for options in ({}, {"scale": log_scale.exp().expand(5, 6)}, {"kept": kept}):
-        mean = loc * kept if "kept" in options else loc
-        q = vdo.FactorizedNormal(mean, log_scale=log_scale.expand(5, 6), **options).to_event(2)
+    own = {"scale": log_scale.exp(), "log_scale": log_scale, "kept": kept[:, :1] if shape == (5, 1) else kept}
+    own["validate_args"] = False
+    for options in ({}, {"scale": log_scale.exp().expand(5, 6)}, {"kept": kept, "validate_args": False}, own):
+        mean = loc * options.get("kept", True)
+        options = {"log_scale": log_scale.expand(5, 6), **options}
+        q = vdo.FactorizedNormal(mean, **options).to_event(2)
         w = q.rsample()
         found = q.log_prob(w) - prior.expand([5, 6]).to_event(2).log_prob(w)
         expected = torch.distributions.kl_divergence(dist.Normal(mean, log_scale.exp()), prior).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from contextlib import nullcontext
 
@@ -201,3 +202,38 @@ def test_samples_that_meet_each_other_are_refused(nesting: int | None) -> None:
     guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"])).setup(x)
     with pytest.raises(ValueError, match=r"'y' has shape \(5,\) in a single pass and \(4, 4.* with 4 samples at once"):
         vdo.LocalPredictive(model, guide, 4, max_plate_nesting=nesting)(x)
+
+
+def test_samples_that_change_places_with_data_points_are_refused() -> None:
+    net, x = vdo.to_bayesian(nn.Linear(4, 5), vdo.LogUniform()), torch.randn(3, 4)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return pyro.deterministic("out", net(x).transpose(0, 1))
+
+    guide = vdo.AutoFactorizedNormal(model).setup(x)
+    with pytest.raises(ValueError, match=r"'out' has shape \(5, 3\) in a single pass and"):
+        vdo.LocalPredictive(model, guide, 2, return_sites=["out"])(x)
+
+
+def test_a_model_that_fails_by_itself_says_no_more_than_it_does() -> None:
+    model, guide, x, _ = program(layers=1)
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        model(x)
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken") as caught:
+        vdo.LocalPredictive(broken, guide, 3, max_plate_nesting=1)(x)
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_data_with_missing_values_are_returned_as_they_are() -> None:
+    net, x = vdo.to_bayesian(nn.Linear(2, 1), vdo.LogUniform()), torch.tensor([[1.0, math.nan], [2.0, 3.0]])
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        pyro.deterministic("data", x)
+        return pyro.deterministic("out", net(x.nan_to_num()))
+
+    guide = vdo.AutoFactorizedNormal(model).setup(x)
+    samples = vdo.LocalPredictive(model, guide, 3, return_sites=["data"])(x)["data"]
+    torch.testing.assert_close(samples, x.expand(3, 2, 2), equal_nan=True)

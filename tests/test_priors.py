@@ -185,3 +185,12 @@ def test_densities_broadcast_against_the_batch_shape(prior):
     assert prior.to_event(1).log_prob(torch.full((2, 1), 0.5)).shape == (2,)
     with pytest.raises(RuntimeError, match="broadcast"):
         prior.log_prob(torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("group", ["layer", "input", (0,)])
+def test_particles_share_no_scale_of_empirical_bayes(group: Any) -> None:
+    torch.manual_seed(0)
+    prior, w = vdo.EmpiricalBayesNormal(group).expand([4, 3]), torch.randn(5, 1, 4, 3)
+    alone = torch.stack([prior.log_prob(each) for each in w])
+    torch.testing.assert_close(prior.expand([5, 1, 4, 3]).log_prob(w), alone)
+    assert vdo.EmpiricalBayesNormal("layer").log_prob(torch.zeros(3)).tolist() == [math.inf] * 3

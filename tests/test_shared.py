@@ -11,6 +11,7 @@ from torch import nn
 
 import pyro_vdo as vdo
 from pyro_vdo import guides
+from pyro_vdo.numerics.shared import _segments, segment_sum
 from tests.shared_problem import both, program
 
 PRIORS = {
@@ -135,3 +136,9 @@ def test_mean_field_elbo_agrees():
         torch.manual_seed(1)
         losses.append(elbo().loss(*args))
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_sums_inside_of_a_transform():
+    segments, x = _segments((2, 1, 3), torch.device("cpu")), torch.arange(6.0)
+    gradient = torch.func.grad(lambda x: (segment_sum(x.square(), segments) * torch.tensor([1.0, 2.0, 3.0])).sum())(x)
+    torch.testing.assert_close(gradient, 2 * x * torch.tensor([1.0, 1.0, 2.0, 3.0, 3.0, 3.0]))

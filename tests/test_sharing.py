@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vdo as vdo
 from pyro_vdo import guides
+from pyro_vdo.sharing import share_sums
 from tests.shared_problem import both, loss_and_gradients, program
 
 
@@ -58,3 +59,11 @@ def test_latent_variables_of_a_plate_stay_apart(asked):
     guide = vdo.AutoFactorizedNormal(model).setup()
     assert Trace_ELBO().loss(model, guide) == pytest.approx(TraceMeanField_ELBO().loss(model, guide), rel=1e-6)
     assert asked == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_in_half_precision_or_without_a_log_scale_stay_apart(dtype):
+    scale = {"scale": torch.ones(3)} if dtype is torch.float32 else {"log_scale": torch.zeros(3, dtype=dtype)}
+    weights = [vdo.FactorizedNormal(torch.ones(3, dtype=dtype), **scale).to_event(1).rsample() for _ in range(6)]
+    share_sums((weight, vdo.LogUniform()) for weight in weights)
+    assert all(weight.variable.shared is None for weight in weights)

@@ -443,3 +443,14 @@ def test_without_parameters() -> None:
     case.net.requires_grad_(False)
     with pytest.raises(ValueError, match="has a parameter to train, one with requires_grad"):
         case.fit()
+
+
+@pytest.mark.parametrize("kind", ["one each", "joint"])
+def test_a_pyro_optimizer_of_an_earlier_run_shows_the_rate_of_this_one(kind: str) -> None:
+    options = {"lr": 0.1, "lrd": 0.5}
+    optim = pyro.optim.ClippedAdam(options)
+    if kind == "joint":
+        optim = vdo.JointOptim(pyro.optim.clipped_adam.ClippedAdam, options)
+    rates = [[row["lr"] for row in Case().fit([data()], epochs=2, optim=optim)] for _ in range(2)]
+    assert rates[0] == rates[1]
+    assert rates[0] == pytest.approx([0.05, 0.025])

@@ -7,12 +7,15 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
 
+import pyro_vdo as vdo
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight
 from tests.contract import undrawn, weight
@@ -91,3 +94,13 @@ def test_a_weight_is_freed_without_the_garbage_collector() -> None:
         assert seen() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("prior", [vdo.LogUniform(), vdo.EmpiricalBayesNormal(), dist.Normal(0.0, 1.0)])
+def test_vectors_of_a_plate_have_sums_of_their_own(prior: Any) -> None:
+    loc, log_scale = torch.randn(3, 4), torch.randn(3, 4) - 1
+    q = vdo.FactorizedNormal(loc, log_scale=log_scale).to_event(1)
+    w = q.rsample()
+    found = q.log_prob(w) - prior.expand([3, 4]).to_event(1).log_prob(w)
+    expected = torch.distributions.kl_divergence(dist.Normal(loc, log_scale.exp()), prior.expand([3, 4])).sum(-1)
+    torch.testing.assert_close(found, expected)

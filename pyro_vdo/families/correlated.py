@@ -283,14 +283,18 @@ class DrawnCorrelatedNormal(DrawnNormal):
         result: Tensor = self.log_conditional + fused.ENTROPY_CONSTANT
         return result if self.kept is None else result * self.kept
 
+    @property
+    def stddev(self) -> Tensor:
+        """Standard deviation of the marginals; 0 for the pruned weights."""
+        return self.marginals().stddev
+
     def cdf(self, value: Tensor) -> Tensor:
         """Distribution function of the marginals; pruned weights are 0."""
-        return super().cdf(value) if self.kept is None else self.marginals().cdf(value)  # type: ignore[no-any-return]
+        return self.marginals().cdf(value)  # type: ignore[no-any-return]
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles of the marginals; 0 for the pruned weights."""
-        result: Tensor = super().icdf(value)
-        return result if self.kept is None else result * self.kept
+        return self.marginals().icdf(value)  # type: ignore[no-any-return]
 
 
 # --------------------------------------------------------------------------- rules

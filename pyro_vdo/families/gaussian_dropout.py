@@ -43,9 +43,8 @@ class DropoutPosterior(SitePosterior):
     def posterior(self, read: Callable[[str], Any], prior: Any, name: str, policy: ReusePolicy | None) -> Any:
         """Normal(theta, alpha theta^2); pruned weights have theta = 0."""
         loc, log_alpha, kept = read("loc"), read("log_alpha"), read("kept")
-        if kept is not None:  # the KL of a pruned weight is that of alpha = inf, which is 0
+        if kept is not None:
             loc = torch.where(kept, loc, torch.zeros((), dtype=loc.dtype, device=loc.device))
-            log_alpha = torch.where(kept, log_alpha, torch.full_like(log_alpha, 80.0))
         return GaussianDropoutNormal(loc, log_alpha, name=name, policy=policy, kept=kept, validate_args=False)
 
 

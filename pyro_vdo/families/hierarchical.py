@@ -14,6 +14,7 @@ from torch.distributions import Distribution, constraints
 from pyro_vdo import _compat
 from pyro_vdo.groups import Group, group_shape, resolve_group
 from pyro_vdo.layout import weight_layout
+from pyro_vdo.numerics import fused
 from pyro_vdo.priors import WeightPrior, moved
 from pyro_vdo.special import LOG_SQRT_2PI
 
@@ -35,7 +36,8 @@ class ScaledNormal(WeightPrior):
 
     def __init__(self, scale: Tensor | float, *, batch_shape: torch.Size | tuple[int, ...] | None = None) -> None:
         scale = torch.as_tensor(scale)
-        if batch_shape is None and not bool((scale > 0).all()):
+        scale = scale if scale.is_floating_point() else scale.to(torch.get_default_dtype())
+        if batch_shape is None and not fused.is_composable_only(scale) and not bool((scale > 0).all()):
             raise ValueError(f"ScaledNormal: scale must be > 0, not {scale}")
         self.scale = scale if batch_shape is None else scale.expand(batch_shape)
         super().__init__(self.scale.shape)

@@ -197,6 +197,7 @@ class PyroOptimizer:
             )
         self._base: dict[Tensor, float] = {}
         self._factor: float | None = None
+        self._first: Tensor | None = None  # of the last step; an optimizer may have parameters of other runs too
 
     def prepare(self, params: Mapping[str, Tensor]) -> None:
         """Pyro's optimizers take in new parameters by themselves."""
@@ -210,6 +211,7 @@ class PyroOptimizer:
     def step(self, params: Iterable[Tensor]) -> None:
         """One step with the gradients that are there."""
         params = list(params)
+        self._first = params[0]
         fresh = [param for param in params if param not in self._owner.optim_objs]
         for param in fresh:  # Pyro would make their optimizers and step at once, at the rate that they are made with
             if isinstance(self._owner, JointOptim):
@@ -229,7 +231,8 @@ class PyroOptimizer:
     @property
     def lr(self) -> float:
         """The learning rate of the first parameter in the last step; nan where there is none."""
-        rate = next(map(_rate, self._groups()), math.nan)
+        own = (group for group in self._groups() if any(param is self._first for param in group["params"]))
+        rate = next(map(_rate, own), math.nan)
         return rate if self._factor is None else rate * self._factor
 
     def end_epoch(self) -> None:

@@ -87,7 +87,6 @@ class Meeting:
             and loc.requires_grad
             and log_scale.requires_grad
             and torch.is_grad_enabled()
-            and loc.shape == log_scale.shape
             and 0 not in loc.stride()  # particles of one weight
             and loc.dtype == log_scale.dtype
             and loc.dtype in (torch.float32, torch.float64)

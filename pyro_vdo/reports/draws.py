@@ -132,9 +132,6 @@ class Sampler:
             self.bytes_per_draw = counter.bytes
             self.sites = inspect_sites(guide_trace, model_trace)
             observed = [name for name, site in self.sites.items() if site.kind == "observed"]
-            model_trace.compute_log_prob(lambda name, _: name in observed)
-            #: of the log likelihoods, which need not be that of the data
-            self.dtypes = {name: model_trace.nodes[name]["unscaled_log_prob"].dtype for name in observed}
             self._laws = {name: model_trace.nodes[name]["fn"] for name in observed}
             #: whether data are predicted and none observed, be it by a factor
             self.only_predicts = any(site.kind == "predicted" for site in self.sites.values()) and not any(
@@ -144,7 +141,7 @@ class Sampler:
             self.parameters = site_parameters(guide, guide_trace, model_trace)
             self.guide_params = guide_params(guide_trace)
             self._plate_dim = -1 - plate_nesting(guide_trace, model_trace)
-            self.several_observed = sum(site.kind == "observed" for site in self.sites.values()) > 1
+            self.several_observed = len(observed) > 1
             self.improper = [
                 name
                 for name, site in model_trace.nodes.items()
@@ -210,7 +207,7 @@ class Sampler:
         together = self._collect(guide_trace, trace, size, computed)
         passes = [self._run(model, None, _Insert(values)) for values in self._singles(trace, size)]
         alone = [self._collect(guide_trace, single, None, computed) for single in passes]
-        pairs = [(together.log_likelihood[n], torch.cat([b.log_likelihood[n] for b in alone])) for n in self.dtypes]
+        pairs = [(together.log_likelihood[n], torch.cat([b.log_likelihood[n] for b in alone])) for n in self._laws]
         values = [(together.values[name], torch.cat([b.values[name] for b in alone])) for name in computed]
         values.append((together.log_p, torch.cat([b.log_p for b in alone])))
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs) and all(_alike(*v) for v in values)
