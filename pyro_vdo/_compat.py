@@ -8,10 +8,11 @@ import platform
 import sys
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import pyro.infer.autoguide.initialization
@@ -80,42 +81,34 @@ def _claim(owner: nn.Module, name: str, param: nn.Parameter) -> str:
     return candidate
 
 
-class VariationalParameter(nn.Parameter):
-    """A parameter that has the ``unconstrained`` reference that ``SVI`` collects, in no attribute that is pickled."""
+class _Unconstrained:
+    """What ``SVI`` calls to get the parameter of a site that it optimises: the site's value itself.
 
-    @property
-    def unconstrained(self) -> weakref.ref[Tensor]:
-        return weakref.ref(self)
+    Unlike the weak reference that Pyro's store sets in its place it can be pickled, as something that is nothing.
+    """
 
-    @unconstrained.setter
-    def unconstrained(self, reference: weakref.ref[Tensor]) -> None:
-        """Pyro's store sets the same reference."""
+    __slots__ = ("param",)
 
+    def __init__(self, param: nn.Parameter) -> None:
+        self.param = weakref.ref(param)
 
-#: tensors that are no more than their data
-PLAIN = frozenset({Tensor, nn.Parameter, VariationalParameter})
+    def __call__(self) -> nn.Parameter | None:
+        return self.param()
 
-
-def variational(param: nn.Parameter) -> nn.Parameter:
-    """``param`` itself, from now on a :class:`VariationalParameter`, which is read without an alias."""
-    if type(param) is nn.Parameter:
-        param.__class__ = VariationalParameter
-    return param
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # which torch.load takes for harmless
 
 
 def param_statement(owner: nn.Module, name: str, param: nn.Parameter) -> Tensor:
-    """Tell the active Pyro handlers that ``param`` is read, as ``pyro.param`` does, without sharing by name.
-
-    Returns ``param``, or an alias of it that carries the ``unconstrained`` reference that ``SVI`` collects.
-    """
+    """Tell the active Pyro handlers that ``param`` is read, as ``pyro.param`` does, without sharing by name."""
     if not runtime.am_i_wrapped():
         return param
-    claimed, value = _claim(owner, name, param), cast(Tensor, param)
-    if type(param) is not VariationalParameter:
-        value = param.view_as(param)
-        value.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
-    message: Tensor = _param_message(value, name=claimed)
-    return message
+    claimed = _claim(owner, name, param)
+    known = getattr(param, "unconstrained", None)
+    if type(known) is not _Unconstrained or known() is not param:  # not a copy's
+        param.unconstrained = _Unconstrained(param)  # type: ignore[attr-defined]
+    value: Tensor = _param_message(param, name=claimed)
+    return value
 
 
 @runtime.effectful(type="param")

@@ -241,7 +241,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             else:
                 value = getattr(part, attribute)
                 if isinstance(value, nn.Parameter):  # others are fixed
-                    value = _compat.param_statement(part, full_name, _compat.variational(value))
+                    value = _compat.param_statement(part, full_name, value)
             if value is None:
                 return None
             if not subsampled:
@@ -304,6 +304,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
     def __getstate__(self) -> dict[str, Any]:
         # AutoGuide.__getstate__ empties the guide that is being pickled; this one leaves it as it is.
         state = self.__dict__.copy()
+        for param in self.parameters():
+            param.__dict__.pop("unconstrained", None)
         state["_model"], state["master"], state["_initial"] = None, None, InitialValues(init_to_pretrained)
         return state
 

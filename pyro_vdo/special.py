@@ -42,7 +42,7 @@ LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
 def _is_plain(*tensors: Tensor) -> bool:
     """False while something traces: then only the composed functions will do."""
-    return not torch.compiler.is_compiling() and all(type(x) in _compat.PLAIN for x in tensors)
+    return not torch.compiler.is_compiling() and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 class use_compiled:  # noqa: N801 - reads like a function, as torch.no_grad does

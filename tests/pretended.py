@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import pyro_vdo
-from pyro_vdo import _compat, special
+from pyro_vdo import special
 from pyro_vdo.numerics import shared, sums
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -176,7 +176,7 @@ def _parsed(args: Any, kwargs: Any) -> tuple[Any, torch.dtype | None, bool]:
 
 def _patch_tensors(patch: pytest.MonkeyPatch, mode: PretendedCuda) -> None:
     def is_real(tensor: Tensor) -> bool:
-        return type(tensor) in _compat.PLAIN and _TRUE_DEVICE.__get__(tensor).type == "cpu"
+        return type(tensor) in (Tensor, nn.Parameter) and _TRUE_DEVICE.__get__(tensor).type == "cpu"
 
     def device_of(tensor: Tensor) -> torch.device:
         with torch._C.DisableTorchFunction():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.metadata
+import io
 import pickle
 import subprocess
 import sys
@@ -81,20 +82,27 @@ def test_param_statements_reach_the_handlers() -> None:
     assert net.bias is dict(net.named_parameters())["bias"]
 
 
-def test_variational_parameters_are_read_as_they_are_and_pickled_as_any_other() -> None:
-    _, guide, _ = run_guide()
+def test_parameters_are_read_as_they_are_and_pickled_as_any_other() -> None:
+    net, guide, _ = run_guide()
     loc = guide.get_parameter("sites.weight.loc")
     with poutine.trace(param_only=True) as capture:
         guide(torch.ones(4, 3))
     assert capture.trace.nodes["AutoFactorizedNormal.weight.loc"]["value"] is loc  # no alias, no node of autograd
-    assert pyro.param("AutoFactorizedNormal.weight.loc") is loc  # sets what could not be pickled, were it kept
-    assert not vars(loc)
-    back = pickle.loads(pickle.dumps(loc))
-    assert type(back) is nn.Parameter
-    assert back.requires_grad
-    assert torch.equal(back, loc)
-    assert type(copy.deepcopy(loc)) is type(loc) is _compat.VariationalParameter
-    assert copy.deepcopy(guide).get_parameter("sites.weight.loc") is not loc
+    for back in (copy.copy(loc), copy.deepcopy(loc), pickle.loads(pickle.dumps(loc)), saved_and_loaded([loc])[0]):
+        assert type(back) is nn.Parameter
+        assert torch.equal(back, loc)
+        assert _compat.param_statement(net, "a copy", back) is back
+        with poutine.trace(param_only=True) as capture:
+            _compat.param_statement(net, "a copy", back)
+        assert capture.trace.nodes["a copy"]["value"].unconstrained() is back
+        _compat.take_parameters({id(back)}, ())
+
+
+def saved_and_loaded(values: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(values, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def test_loaded_values_are_not_dropped_in_silence() -> None:

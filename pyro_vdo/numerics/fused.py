@@ -25,7 +25,7 @@ _LARGE = 2**19
 def is_composable_only(*tensors: Tensor) -> bool:
     """True while something traces or transforms: then only ordinary torch functions will do."""
     for tensor in tensors:
-        if type(tensor) not in _compat.PLAIN:
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return True
     return _compat.is_tracing() or torch.compiler.is_compiling() or _compat.is_transforming()
 
