@@ -23,7 +23,6 @@ from tests.test_performance_counts import profiled
 @pytest.fixture(autouse=True)
 def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_LARGE", 2**9)
-    monkeypatch.setattr(large, "_MEETING", 2**9)
     monkeypatch.setattr(large, "_HUGE", 2**10)
     monkeypatch.setattr(large, "_PART", 10 * WIDTH)  # the last part is shorter than the others
     monkeypatch.setattr(fused, "_CHUNK", 1000)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pyro_vdo as vdo
-from pyro_vdo.numerics import fused, large
+from pyro_vdo.numerics import fused
 from pyro_vdo.weights import GaussianWeight
 from tests.contract import undrawn
 
@@ -149,7 +149,6 @@ def test_parameters_that_weights_share_count_for_each(
     shape: tuple[int, ...], from_here_on_large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "_LARGE", from_here_on_large)
-    monkeypatch.setattr(large, "_MEETING", from_here_on_large)
     torch.manual_seed(0)
     loc, log_scale = torch.randn(5, 6, dtype=torch.float64), torch.randn(shape, dtype=torch.float64) - 1
     loc.requires_grad_(), log_scale.requires_grad_()

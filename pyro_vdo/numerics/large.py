@@ -17,8 +17,6 @@ from pyro_vdo import _compat
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.sums import along_sums, both_gradients, differentiable_gradients, expectations
 
-# From here on two more gradients cost more than a meeting: glibc gives their memory back after each step.
-_MEETING = 2**17
 # From here on the whole variance costs more than its parts.
 _HUGE = 2**22
 # Elements of a part: it stays in the cache, and the product with it is no slower than with the whole.
@@ -84,7 +82,7 @@ class Meeting:
     def of(loc: Tensor, log_scale: Tensor) -> Meeting | None:
         """One for these parameters, where it is worth it: they are large and train on the CPU."""
         if (
-            loc.numel() >= _MEETING
+            fused.is_large(loc)
             and loc.device.type == "cpu"
             and loc.requires_grad
             and log_scale.requires_grad
