@@ -211,7 +211,7 @@ class PyroOptimizer:
     def step(self, params: Iterable[Tensor]) -> None:
         """One step with the gradients that are there."""
         params = list(params)
-        self._first = params[0]
+        self._first = next(iter(params), None)
         fresh = [param for param in params if param not in self._owner.optim_objs]
         for param in fresh:  # Pyro would make their optimizers and step at once, at the rate that they are made with
             if isinstance(self._owner, JointOptim):
