@@ -82,9 +82,9 @@ def _claim(owner: nn.Module, name: str, param: nn.Parameter) -> str:
 
 
 class _Unconstrained:
-    """What ``SVI`` calls to get the parameter of a site that it optimises: the site's value itself.
+    """What ``SVI`` calls to get the parameter that it optimises from the value of a site: that value itself.
 
-    Unlike the weak reference that Pyro's store sets in its place it can be pickled, as something that is nothing.
+    Unlike the weak reference that Pyro's store sets in its place it can be pickled, as an empty ``OrderedDict``.
     """
 
     __slots__ = ("param",)

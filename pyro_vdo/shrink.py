@@ -16,7 +16,6 @@ from pyro_vdo.compression.dependency import LAYERS, ExportError
 from pyro_vdo.compression.dependency import rows as rows_of
 from pyro_vdo.export import check_known, plain_module
 from pyro_vdo.families.hierarchical import HierarchicalNormal
-from pyro_vdo.families.units import unit_posteriors
 from pyro_vdo.initial import log_scale_of
 from pyro_vdo.modules import bayesian_weights, to_bayesian
 from pyro_vdo.site_posterior import SitePosterior
@@ -88,7 +87,7 @@ def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
 def _check_posteriors(sites: Mapping[str, str], guide: Any) -> None:
     if not hasattr(guide, "_site"):
         raise ExportError(f"shrink needs an AutoFactorizedNormal for all weights, not {type(guide).__name__}")
-    check_known(sites.values(), {**guide.posteriors(), **unit_posteriors(guide)})
+    check_known(sites.values(), guide.site_names())
     for site in sites.values():
         if type(guide._site(site)) is not SitePosterior:
             raise ExportError(
