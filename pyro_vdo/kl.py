@@ -34,6 +34,16 @@ def _of_kept(q: Any, kl: Tensor) -> Tensor:
     return kl if kept is None else torch.where(kept, kl, torch.zeros_like(kl))
 
 
+def _from_pruned(q: Any, p: Any, kl: Tensor) -> Tensor:
+    """``kl``, but where ``p`` is 0 for pruned weights: 0 if they are so in ``q`` too, else inf."""
+    if getattr(p, "kept", None) is None:
+        return kl
+    beyond, kept = torch.full_like(kl, torch.inf), getattr(q, "kept", None)
+    if kept is not None:
+        beyond = torch.where(kept, beyond, torch.zeros_like(kl))
+    return torch.where(p.kept, kl, beyond)
+
+
 @register_kl(Normal, LogUniform)
 def _normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
     """KL(Normal || LogUniform), elementwise, 0 as alpha tends to infinity. See special.py."""
@@ -167,7 +177,8 @@ def _to_proper(q: FactorizedNormal | PrunedNormal, p: Any) -> Tensor:
         scale = torch.maximum(q.scale, floor)
         kl = kl_divergence(Normal(q.loc, scale, validate_args=False), p)
         kl = torch.where(q.scale < floor, kl + scale.log() - _log_scale(q), kl)
-    return kl if q.kept is None else torch.where(q.kept, kl, -p.log_prob(torch.zeros_like(kl)))
+    kl = kl if q.kept is None else torch.where(q.kept, kl, -p.log_prob(torch.zeros_like(kl)))
+    return _from_pruned(q, p, kl)
 
 
 def _correlated(q: Any, p: Distribution) -> Tensor:
@@ -183,13 +194,17 @@ def _correlated(q: Any, p: Distribution) -> Tensor:
 
 
 def _to_correlated(q: Any, p: Any) -> Tensor:
-    """KL between Normals of which p has a covariance, elementwise by the chain rule of p."""
-    correlated = isinstance(q, CorrelatedNormal | DrawnCorrelatedNormal)
+    """KL between Normals of which p has a covariance, elementwise by the chain rule of p; as in :func:`_to_proper`."""
+    correlated, kept = isinstance(q, CorrelatedNormal | DrawnCorrelatedNormal), getattr(q, "kept", None)
     log_conditional = q.log_conditional if correlated else _log_scale(q)
-    ratio = torch.linalg.solve_triangular(p.factor, q.factor if correlated else torch.diag_embed(q.scale), upper=False)
+    factor = q.factor if correlated else torch.diag_embed(q.scale)
+    factor = factor if kept is None else factor * kept.unsqueeze(-1)
+    ratio = torch.linalg.solve_triangular(p.factor, factor, upper=False)
     distance = torch.linalg.solve_triangular(p.factor, (q.loc - p.loc).unsqueeze(-1), upper=False).squeeze(-1)
     kl: Tensor = 0.5 * (ratio.square().sum(-1) + distance.square() - 1) + p.log_conditional - log_conditional
-    return kl
+    if kept is not None:
+        kl = torch.where(kept, kl, kl + log_conditional + fused.ENTROPY_CONSTANT)
+    return _from_pruned(q, p, kl)
 
 
 for _law in (CorrelatedNormal, DrawnCorrelatedNormal):

@@ -189,3 +189,30 @@ def test_kl_near_infinite_alpha_is_zero() -> None:
     far = Normal(torch.tensor(1e12, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
     limit = math.log(1e12) + (0.57721566490153286 + math.log(2)) / 2
     assert float(kl_divergence(far, vdo.LogUniform())) == pytest.approx(limit, rel=1e-14)
+
+
+@pytest.mark.parametrize("correlated", [True, False])
+def test_divergences_between_pruned_laws_are_those_of_the_weights_that_are_left(correlated: bool) -> None:
+    kept, rest = torch.tensor([True, False, True]), torch.tensor([0, 2])
+
+    def pruned(joined: bool) -> tuple[vdo.FactorizedNormal, dist.MultivariateNormal]:
+        scale = torch.rand(3, dtype=torch.float64) + 0.3
+        factor = torch.where(kept & kept[:, None], torch.randn_like(scale.diag()).tril(-1) * joined, 0.0) + scale.diag()
+        loc = torch.randn_like(scale) * kept
+        factorized = vdo.FactorizedNormal(loc, scale, kept=kept)
+        factor = torch.where(kept & kept[:, None], factor, torch.eye(3).double())
+        law = vdo.CorrelatedNormal(loc, factor, kept=kept) if joined else factorized
+        return law, dist.MultivariateNormal(loc[rest], scale_tril=factor[rest][:, rest])
+
+    (q, left), (p, prior) = pruned(correlated), pruned(True)
+    whole = vdo.CorrelatedNormal(
+        torch.ones(3).double(), torch.tensor([[0.5, 0, 0], [0.3, 0.4, 0], [-1, 0.6, 0.7]]).double()
+    )
+    for law in (q, q.drawn()):
+        assert kl_divergence(law, p)[1] == 0
+        torch.testing.assert_close(kl_divergence(law, p).sum(), kl_divergence(left, prior))
+        for unpruned in (whole.marginals(), whole):
+            assert kl_divergence(unpruned, law).isinf().tolist() == [False, True, False]
+        w = law.sample((40_000,))  # against one that is not pruned, what it gives the zeros counts
+        terms = (law.log_prob(w) - whole.log_prob(w)).sum(-1)
+        assert abs(terms.mean() - kl_divergence(law, whole).sum()) < 5 * terms.std() / 200
