@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -204,7 +205,11 @@ def test_only_linear_layers_see_the_transposed_order() -> None:
 def test_select() -> None:
     x = torch.randn(2, 5, 4, 4)
     assert torch.equal(Select.of(torch.tensor([1, 3]), 5, -3)(x), x[:, [1, 3]])
-    assert torch.equal(Select.of(torch.tensor([0, 2]), 4)(x), x[..., [0, 2]])
+    last = Select.of(torch.tensor([0, 2]), 4)
+    assert torch.equal(last(x), x[..., [0, 2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        assert torch.equal(torch.jit.script(last)(x), last(x))
 
 
 WITHOUT_PYRO = """
@@ -241,7 +246,7 @@ def test_tracing_names_the_forms_that_can_be_traced(layer: nn.Module) -> None:
     sparse = sparsify(nn.Sequential(layer), everywhere=True)
     x = torch.randn(2, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 2, 5, 5)
     sparse(x)
-    traces: list[Callable[[], object]] = [lambda: torch.jit.trace(sparse, x)]
+    traces: list[Callable[[], object]] = [lambda: torch.jit.trace(sparse, x), lambda: torch.fx.symbolic_trace(sparse)]
     if hasattr(torch.compiler, "is_exporting"):
         traces += [lambda: torch.export.export(sparse, (x,), strict=False)]
         traces += [lambda: torch.export.export(sparse, (x,), strict=True)]

@@ -113,10 +113,7 @@ class _Csr(nn.Module):
         """What the product takes, sharing memory with the buffers; made anew where these are others than before."""
         exporting = getattr(torch.compiler, "is_exporting", bool)()  # torch 2.6 does not tell
         if exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            raise NotImplementedError(
-                f"{type(self).__name__} cannot be traced: torch.export, torch.onnx and torch.jit.trace take no sparse "
-                "tensors. Export the network with form='masked' or 'compact', whose layers are dense."
-            )
+            raise self._untraceable()
         cached, buffers = self._cached, self._buffers
         if cached is not None and cached[3] is buffers["values"] and cached[4] is buffers["bias"]:
             return cached
@@ -133,6 +130,17 @@ class _Csr(nn.Module):
             bias = self.values.new_zeros(self.matrix_shape[0]) if self.bias is None else self.bias
             self._cached = (weight, bias, bias.unsqueeze(1), self.values, self.bias)
         return self._cached
+
+    def _untraceable(self) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__} cannot be traced: torch.export, torch.onnx, torch.jit.trace and torch.fx take no "
+            "sparse tensors. Export the network with form='masked' or 'compact', whose layers are dense."
+        )
+
+    def _is_autocast(self, x: Tensor) -> bool:
+        if not isinstance(x, Tensor):  # a proxy of torch.fx
+            raise self._untraceable()
+        return torch.is_autocast_enabled(x.device.type)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._cached = None
@@ -185,7 +193,7 @@ class SparseLinear(_Csr):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (*batch, in_features) to (*batch, out_features)."""
-        if torch.is_autocast_enabled(x.device.type):
+        if self._is_autocast(x):
             return _in_own_precision(self, x)
         weight, bias, column, _, _ = self._operands()
         if x.dim() != 2:
@@ -271,7 +279,7 @@ class SparseConv2d(_Csr):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ([batch,] in_channels, height, width) to ([batch,] out_channels, height', width')."""
-        if torch.is_autocast_enabled(x.device.type):
+        if self._is_autocast(x):
             return _in_own_precision(self, x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
@@ -355,10 +363,9 @@ class Select(nn.Module):
     :param dim: their dimension: -1, or -3 for the channels of an image.
     """
 
-    index: Tensor
-
     def __init__(self, kept: int, features: int, dim: int = -1) -> None:
         super().__init__()
+        self.index: Tensor  # not in the class, where torch.jit.script would read it
         self.kept, self.features, self.dim = kept, features, dim
         self.register_buffer("index", torch.zeros(kept, dtype=torch.long))
 
