@@ -377,6 +377,12 @@ def is_transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def is_mapping() -> bool:
+    """True inside of ``torch.vmap``, and of the transforms that use it."""
+    functorch = torch._C._functorch
+    return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
+
+
 def compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
     """``torch.compile`` of a graph; on the CPU the code alone, as the checks before it take longer than a kernel.
 

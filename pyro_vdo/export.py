@@ -49,7 +49,8 @@ def export(
     - ``"masked"``: the classes of the original network; ``torch.export`` and ``torch.onnx`` work on it.
     - ``"sparse"``: linear layers and convolutions that are sparse enough to gain hold only their nonzero weights; torch
       cannot trace or export these.
-    - ``"compact"``: dead inputs, neurons and channels are removed; needs torch-pruning and ``example_inputs``.
+    - ``"compact"``: dead inputs, neurons and channels are removed, but no rows of embeddings, which the data name by
+      number; needs torch-pruning and ``example_inputs``.
     - ``"compact+sparse"``: first the one, then the other.
     - without ``form``: the smallest and fastest that needs nothing more: ``"sparse"``, after dead neurons between the
       linear layers of an ``nn.Sequential`` are removed. Layers that would not gain stay dense.

@@ -14,6 +14,7 @@ from pyro.nn.module import to_pyro_module_
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pyro_vdo import _compat
 from pyro_vdo.declarations import Prior, WeightDeclaration
@@ -78,7 +79,7 @@ def to_bayesian(
                 f"to_bayesian: the prior for {key!r} must be a distribution, e.g. LogUniform(), not {value!r}"
             )
     chosen = _choose(net, where, priors)
-    bayesian: Any = copy.deepcopy(net)
+    bayesian: Any = _copied(net)
     to_pyro_module_(bayesian)
     for full_name, weight_prior in chosen.items():
         owner, _, attribute = full_name.rpartition(".")
@@ -91,6 +92,16 @@ def to_bayesian(
             weight_prior.attach(bayesian.get_submodule(owner), attribute, net.get_parameter(full_name))
     _compat.set_root_name(bayesian, name)
     return bayesian  # type: ignore[no-any-return]
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(net)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"to_bayesian: torch cannot copy the network ({error}). If it holds sparse tensors in rows or columns "
+            "(CSR, CSC), which cannot be copied, hold them as tensor.to_sparse_coo(), or pass them to forward."
+        ) from error
 
 
 def _refuse_compiled(net: nn.Module) -> None:
@@ -172,6 +183,23 @@ def _check_weight(full_name: str, module: nn.Module) -> None:
             f"to_bayesian: '{full_name}' belongs to an embedding with max_norm={module.max_norm}, which rewrites "
             "its weight in place; a random weight cannot be rewritten. Build the embedding without max_norm."
         )
+    if isinstance(module, ParametrizationList):
+        _refuse_normalised(full_name, module)
+
+
+@torch.no_grad()
+def _refuse_normalised(full_name: str, module: ParametrizationList) -> None:
+    attribute = full_name.rpartition(".")[2]
+    for dim in range(module.get_parameter(attribute).dim()):
+        pruned = copy.deepcopy(module).eval()
+        pruned.get_parameter(attribute).narrow(dim, 0, 1).zero_()
+        if not bool(pruned().isfinite().all()):
+            layer, _, rest = full_name.partition("parametrizations.")
+            raise ValueError(
+                f"to_bayesian: '{full_name}' is divided by a norm, which is 0/0 once a row is pruned. Take the norm "
+                "off and convert the weight itself: torch.nn.utils.parametrize.remove_parametrizations("
+                f"net.get_submodule({layer.rstrip('.')!r}), {rest.partition('.')[0]!r})"
+            )
 
 
 def _check_shape(full_name: str, module: nn.Module, prior: Prior) -> None:

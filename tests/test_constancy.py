@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,21 @@ def test_layers_that_are_called_by_keyword() -> None:
 def test_decisions_in_python(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(DataDependentError):
         known(function, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.jacrev], ids=["vmap", "jacobians"])
+def test_layers_inside_of_vmap(transform: Callable[..., Any]) -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.end = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(transform(self.end))(x)
+
+    net = Mapped()
+    with pytest.raises(DataDependentError, match="'end' is called inside of"):
+        known_inputs(net, {"end": net.end}, (torch.ones(4, 3),))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

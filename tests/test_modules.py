@@ -237,6 +237,14 @@ def old_weight_norm() -> nn.Module:
         return nn.utils.weight_norm(nn.Linear(3, 2))
 
 
+def with_sparse_rows() -> nn.Module:
+    net = nn.Linear(3, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that CSR is in beta state
+        net.register_buffer("adjacency", torch.eye(3).to_sparse_csr())
+    return net
+
+
 BAD: dict[str, tuple[Any, Any, str]] = {
     "no module": (lambda x: x, {}, r"net must be a torch\.nn\.Module"),
     "no prior": (nn.Linear(3, 2), {"prior": 3.0}, r"prior for .* must be a distribution, e\.g\. LogUniform\(\)"),
@@ -248,6 +256,12 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "other prior": (nn.Linear(3, 2), {"prior": {nn.Conv2d: vdo.LogUniform()}}, r"has none for \['weight'\].*Conv2d"),
     "weight_norm": (old_weight_norm(), {}, r"'weight' is computed by a hook.*parametrizations"),
     "spectral_norm": (nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 2))), {}, r"'0\.weight' is computed by a hook"),
+    "direction": (
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))),
+        {"where": ["0.parametrizations.weight.original1"]},
+        r"'0\.parametrizations\.weight\.original1' is .* 0/0 .*\(net\.get_submodule\('0'\), 'weight'\)",
+    ),
+    "rows": (with_sparse_rows(), {}, r"cannot copy the network.*to_sparse_coo\(\)"),
     "prune": (prune.l1_unstructured(nn.Linear(3, 2), "bias", 0.5), {}, r"'bias' is computed by a hook.*prune\.remove"),
     "tied": (tied(), {}, r"'0\.weight' and '2\.weight' are one tied parameter"),
     "lazy": (nn.LazyLinear(2), {}, r"'weight' is lazy; run the network once"),
@@ -270,6 +284,15 @@ def test_what_cannot_be_converted_is_refused(name: str) -> None:
     net, options, message = BAD[name]
     with pytest.raises((ValueError, TypeError), match=r"(?s)to_bayesian: .*" + message):
         vdo.to_bayesian(net, **({"prior": vdo.LogUniform()} | options))
+
+
+def test_the_length_of_a_weight_that_is_normalised_may_be_pruned() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    net = vdo.to_bayesian(layer, vdo.LogUniform(), where=["parametrizations.weight.original0"])
+    guide = fit(net)
+    small = vdo.export(net, guide, masks={"parametrizations.weight.original0": torch.tensor([[True], [False]])})
+    assert small.weight[0].all()
+    assert not small.weight[1].any()
 
 
 def test_a_recurrent_layer_beside_others_stays_as_it_is() -> None:

@@ -180,6 +180,23 @@ def test_transforms_of_torch_func() -> None:
     assert derivative() > 0
 
 
+def test_jacobians_and_their_derivatives_at_outputs() -> None:
+    loc, scale = torch.randn(2, 3).double(), torch.rand(2, 3).double()
+    x, step = torch.randn(3).double(), 1e-5
+
+    def output(x: Tensor) -> Tensor:
+        pyro.set_rng_seed(0)
+        return F.linear(x, vdo.FactorizedNormal(loc, scale).rsample()).tanh()
+
+    def jacobian(x: Tensor) -> Tensor:
+        return torch.autograd.functional.jacobian(output, x)
+
+    torch.testing.assert_close(torch.autograd.functional.jacobian(output, x, vectorize=True), jacobian(x))
+    slopes = [(jacobian(x + e) - jacobian(x - e)) / (2 * step) for e in step * torch.eye(3).double()]
+    second = torch.func.jacrev(torch.func.jacrev(output))(x)
+    torch.testing.assert_close(second, torch.stack(slopes, -1), rtol=1e-6, atol=1e-6)
+
+
 def test_second_derivatives_need_a_draw() -> None:
     with pytest.raises(RuntimeError, match=r"no second derivative.*draw="):
         classifier(penalty)()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pyro_vdo import _compat
+
 aten = torch.ops.aten
 
 # Move values, or sum and compare them in a way that a NaN survives.
@@ -31,7 +33,7 @@ _TO_PYTHON = frozenset({aten._local_scalar_dense, aten.is_nonzero, aten.equal, a
 
 
 class DataDependentError(RuntimeError):
-    """The network decides by the values of its input what to compute, which cannot be followed."""
+    """The network decides by the values of its input what to compute, or hides them, which cannot be followed."""
 
 
 def _is_unknown(x: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def known_inputs(module: nn.Module, layers: Mapping[str, nn.Module], example: tu
     :param layers: layers of it, by name.
     :param example: arguments of the network; only their shapes matter, except those of Python values.
     :returns: the inputs of the layers that are called exactly once.
-    :raises DataDependentError: where Python control flow depends on the values of the input.
+    :raises DataDependentError: where Python control flow depends on the values of the input, or ``vmap`` hides them.
     """
 
     def forgotten(t: Tensor) -> Tensor:
@@ -160,7 +162,12 @@ def known_inputs(module: nn.Module, layers: Mapping[str, nn.Module], example: tu
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda _, args, kwargs: seen[name].append([*args, *kwargs.values()][0].detach().clone())
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _compat.is_mapping():
+                raise DataDependentError(f"'{name}' is called inside of torch.vmap, which cannot be followed")
+            seen[name].append([*args, *kwargs.values()][0].detach().clone())
+
+        return hook
 
     hooks = [layer.register_forward_pre_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
     try:
