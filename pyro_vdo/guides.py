@@ -203,9 +203,9 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             with ExitStack() as stack:
                 for frame in site["cond_indep_stack"]:
                     stack.enter_context(plates[frame.name])
-                result[name] = self._sample_site(name, site, undrawn)
-                if undrawn and name in self.draw and isinstance(result[name], Undrawn):
-                    result[name].draw()  # type: ignore[attr-defined]  # densities still ask for the expectation
+                value = result[name] = self._sample_site(name, site, undrawn)
+                if undrawn and name in self.draw and isinstance(value, Undrawn):
+                    value.draw()  # densities still ask for the expectation
         if undrawn:
             share_sums((result[name], base_prior(site["fn"])) for name, site in self._require_setup())
         return result

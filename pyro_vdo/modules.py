@@ -392,9 +392,9 @@ class BayesianNorm(BayesianModule):
                 "Predictive(..., parallel=False), Trace_ELBO(vectorize_particles=False)."
             )
         learns = self.training and getattr(self, "track_running_stats", False)
-        found = {}
+        found = []
         if learns and _compat.sites_are_learned():  # no step: statistics that were loaded before stay as they are
-            found = {name: value.clone() for name, value in self._buffers.items() if value is not None}
+            found = [(buffer, buffer.clone()) for buffer in self._buffers.values() if buffer is not None]
         if learns and _compat.predictions_are_made():
             warnings.warn(
                 f"{kind} '{self._pyro_name}' is in training mode while predictions are made: they depend on the batch, "
@@ -403,8 +403,8 @@ class BayesianNorm(BayesianModule):
                 stacklevel=2,
             )
         result = super().forward(x, *args, **kwargs)
-        for name, value in found.items():
-            self._buffers[name].copy_(value)  # type: ignore[union-attr]
+        for buffer, value in found:
+            buffer.copy_(value)
         return result  # type: ignore[no-any-return]
 
 

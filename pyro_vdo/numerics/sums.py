@@ -215,8 +215,8 @@ class _LogUniformSums(Function):
             return *differentiable_gradients(loc, log_scale, *weights), None
         # Of one dimension: inductor takes a float64 of none for a Python number, which it cannot leave open.
         weights = weights[0].reshape(1), weights[1].reshape(1)
-        flat = (None if x is None else x.reshape(-1) for x in (loc, log_scale, variance))
-        both = both_gradients(*flat, ctx.by_variance, *weights)  # type: ignore[arg-type]
+        variance = None if variance is None else variance.reshape(-1)
+        both = both_gradients(loc.reshape(-1), log_scale.reshape(-1), variance, ctx.by_variance, *weights)
         return *(_compat.owned_view(each, loc.shape) for each in both), None
 
 
