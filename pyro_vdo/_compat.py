@@ -536,6 +536,20 @@ def onednn_is_faster() -> bool:
     return _onednn_beats_mkl() and torch._C._get_mkldnn_enabled()
 
 
+def onednn_blocks_channels() -> bool:
+    """Whether oneDNN computes convolutions, 16 channels at a time."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch._C._get_mkldnn_enabled()
+
+
+def convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...], needed: tuple[bool, bool, bool]
+) -> tuple[Any, Any, Any]:
+    """Gradients of ``torch.convolution(x, weight, bias, *options)`` for x, weight and bias, None where not needed."""
+    channels = weight.shape[1] * options[5] if options[3] else weight.shape[0]
+    result: tuple[Any, Any, Any] = torch.ops.aten.convolution_backward(grad, x, weight, [channels], *options, needed)
+    return result
+
+
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` for matrices, which TorchInductor calls by this name; it has no gradient."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,9 +11,13 @@ from pyro_vdo.numerics import fused
 
 
 def _standard_normal(like: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-    if shape is None:
+    if shape is not None:
+        return torch.randn(shape, dtype=like.dtype, device=like.device)
+    if like.is_contiguous():
         return torch.randn_like(like)
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
+    # torch draws one number at a time for other layouts, such as channels-last images, which takes five times as long.
+    layout = torch.empty_like(like)
+    return torch.randn(layout.numel(), dtype=like.dtype, device=like.device).as_strided(layout.shape, layout.stride())
 
 
 def draw(mean: Tensor, std: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -22,17 +25,20 @@ def draw(mean: Tensor, std: Tensor, shape: tuple[int, ...] | None = None) -> Ten
     return _standard_normal(mean, shape).mul_(std).add_(mean)
 
 
-def draw_with_slope(mean: Tensor, var: Tensor, shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+def draw_with_slope(
+    mean: Tensor, var: Tensor, shape: tuple[int, ...] | None = None, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """A draw of Normal(mean, var), and twice its derivative along ``var``, 0 where the variance is 0.
 
-    Outputs of convolutions are so large that new memory costs more than arithmetic; two tensors are made here.
+    :param overwrite: True where ``mean`` and ``var`` are needed no more. Outputs of convolutions are so large that new
+        memory costs more than arithmetic.
     """
-    std = var.clamp(min=0).sqrt_()
-    noise = _standard_normal(mean, shape).mul_(std)
-    out = std if std.shape == noise.shape else torch.empty_like(noise)
-    # d (std eps) / d var = eps / (2 std) = noise / (2 var)
-    slope = torch.div(noise, var, out=out).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    return noise.add_(mean), slope
+    std = (var.clamp_(min=0) if overwrite else var.clamp(min=0)).sqrt_()
+    noise = _standard_normal(mean, shape)
+    in_place = overwrite and mean.shape == noise.shape  # particles share the moments
+    out = mean.addcmul_(noise, std) if in_place else torch.addcmul(mean, noise, std)
+    # d (std eps) / d var = eps / (2 std). Only 0 itself has a root so small that this is infinite.
+    return out, noise.div_(std).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def refuse_second_derivative() -> None:

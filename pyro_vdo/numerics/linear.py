@@ -67,7 +67,7 @@ class _SampleLinear(Function):
         ledger: Ledger | None,
     ) -> Tensor:
         mean, var = _linear_moments(x, loc, log_scale, variance, bias)
-        out, slope = draw_with_slope(mean, var, shape)
+        out, slope = draw_with_slope(mean, var, shape, overwrite=True)
         ctx.keep_variance, ctx.ledger = keep_variance, ledger
         ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
         return out
