@@ -31,6 +31,23 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_attention_whose_projection_is_never_called(side):
+    """Its hooks do nothing, so that noise there would be in no trace, and the network could not be exported."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
+    noisy = vdo.add_unit_noise(net, side=side)
+    assert not any("out_proj.noise" in name for name in noisy.state_dict())
+    with pytest.raises(ValueError, match="out_proj"):
+        vdo.add_unit_noise(net, ["1.self_attn.out_proj"], side=side)
+    bayesian, x = vdo.to_bayesian(noisy, {vdo.UnitNoise: vdo.TruncatedLogUniform()}), torch.randn(4, 5, 3)
+    guide = vdo.AutoFactorizedNormal(lambda x: bayesian(x)).setup(x)
+    for name, scale in vdo.unit_scales(guide).items():
+        noisy.get_parameter(name).data.copy_(scale)
+    exported = vdo.export(bayesian, guide, "masked")
+    torch.testing.assert_close(exported(x), noisy.eval()(x), rtol=1e-4, atol=1e-5)
+
+
 def random_noise(net: nn.Module) -> None:
     """Put random scales, some of them zero, in place of the ones."""
     for module in net.modules():

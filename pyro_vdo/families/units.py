@@ -87,7 +87,8 @@ def add_unit_noise(
 
     :param net: any plain module.
     :param where: which layers: a list of module names, or a predicate ``(name, module) -> bool``; by default all but
-        the last on the side of the outputs (these are the network's own), and all on the side of the inputs.
+        the last on the side of the outputs (these are the network's own), and all on the side of the inputs. The
+        ``out_proj`` of attention, whose weight a fused function takes, cannot have noise.
     :param side: scale the outputs of a layer (its child is then ``noise``) or its inputs (``noise_in``).
     :raises TypeError: if ``where`` is neither names nor a function.
     :raises ValueError: for unknown names or sides, layers of another type, a converted network, or if no layer is left.
@@ -100,7 +101,8 @@ def add_unit_noise(
     if side not in ("output", "input"):
         raise ValueError(f"add_unit_noise: side must be 'output' or 'input', not {side!r}")
     noisy = copy.deepcopy(net)
-    layers = {name: module for name, module in noisy.named_modules() if isinstance(module, LINEAR_LAYERS)}
+    fused = {m.out_proj for m in noisy.modules() if isinstance(m, nn.MultiheadAttention)}  # which are never called
+    layers = {name: m for name, m in noisy.named_modules() if isinstance(m, LINEAR_LAYERS) and m not in fused}
     chosen = _choose(layers, where, side)
     if not chosen:
         raise ValueError(f"add_unit_noise: no layer to put noise on; the network has {sorted(layers)}")
