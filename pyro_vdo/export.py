@@ -44,7 +44,7 @@ def export(
     """A plain torch module with the posterior means of the weights that matter, for inference (in eval mode).
 
     It needs neither Pyro nor the guide. Its weights are ``mean * mask``, everything that has no posterior is copied;
-    noise on units (``UnitNoise``) is multiplied into the weights next to it.
+    noise on units (``UnitNoise``) is multiplied into the weights next to it, where ``fold_unit_noise`` can.
 
     - ``"masked"``: the classes of the original network; ``torch.export`` and ``torch.onnx`` work on it.
     - ``"sparse"``: linear layers and convolutions that are sparse enough to gain hold only their nonzero weights; torch

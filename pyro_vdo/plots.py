@@ -86,7 +86,7 @@ def _log_alpha_bars(ax: Axes, name: str, value: Array, edges: Array, threshold: 
     ax.set_ylim(0, max(counts.max(), 1) * 3)
     ax.set_ylabel("weights", fontsize=9, color=INK)
     kept, beyond = int((value < threshold).sum()), int((value > edges[-1]).sum())
-    title = f"{name}: {kept:,} of {value.size:,} kept ({100 * kept / value.size:.2g} %)"
+    title = f"{name}: {kept:,} of {value.size:,} kept ({100 * kept / value.size:.3g} %)"
     ax.set_title(title, fontsize=10, loc="left", color=INK)
     if beyond:
         text = f"last bar: {beyond:,} from {edges[-1]:.0f} on"

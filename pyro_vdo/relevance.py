@@ -51,7 +51,7 @@ def posteriors(guide: Guide) -> dict[str, Any]:
 def _log_alpha(q: Any) -> Tensor:
     known = getattr(q, "log_alpha", None)
     with torch.no_grad():
-        value: Tensor = q.variance.log() - 2 * q.mean.abs().log() if known is None else known
+        value: Tensor = 2 * (q.stddev.log() - q.mean.abs().log()) if known is None else known
     return value.detach()
 
 

@@ -341,6 +341,8 @@ def test_embeddings_lose_columns_and_integer_inputs_are_followed() -> None:
     small = compact_module(net, x)
     assert small[0].weight.shape == (10, 1)
     close(small(x), net(x))
+    with torch.inference_mode():
+        assert compact_module(net, x.clone())[0].weight.shape == (10, 1)
 
 
 def test_a_network_that_is_random_in_eval_mode_is_refused() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.stats as st
 import torch
 import xarray as xr
 from pyro.infer import autoguide
@@ -82,6 +83,37 @@ def test_plates_events_and_users_name_dimensions() -> None:
     assert posterior["e"].dims == ("chain", "draw", "school", "axis")
     assert posterior["v"].dims == ("chain", "draw", "side")
     assert group(idata, "log_likelihood")["y"].dims == ("chain", "draw", "pupil", "school")
+
+
+def test_plates_of_deterministic_sites_and_of_data_that_are_not_expanded() -> None:
+    x = torch.randn(5, 3)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("data", 9, subsample_size=5):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            mean = pyro.deterministic("mean", x @ w + z)  # of whose dimensions Pyro says that they are events
+            pyro.deterministic("products", x * w)
+            pyro.deterministic("total", w.sum())
+            pyro.deterministic("given", w.sum(), event_dim=0)
+            with pyro.plate("raters", 2):
+                pyro.deterministic("both", mean + torch.zeros(2, 1))
+                pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(0.0))
+
+    posterior = from_pyro_svi(model, autoguide.AutoNormal(model), num_samples=4)
+    values = {name: v.values[0] for name, v in group(posterior, "posterior").items()}
+    names = {name: v.dims[2:] for name, v in group(posterior, "posterior").items()}
+    assert names["mean"] == names["z"] == ("data",)
+    assert names["products"] == ("data", "products_dim_1")
+    assert names["total"] == names["given"] == ()
+    assert names["both"] == ("raters", "data")
+    mean = values["w"] @ x.numpy().T + values["z"]
+    np.testing.assert_allclose(values["mean"], mean, atol=1e-5)
+    np.testing.assert_allclose(values["products"], x.numpy() * values["w"][:, None], atol=1e-5)
+    likelihood = group(posterior, "log_likelihood")["y"]
+    assert likelihood.dims[2:] == ("raters", "data")
+    np.testing.assert_allclose(likelihood.values[0], st.norm(mean[:, None], 1).logpdf(np.zeros((4, 2, 5))), atol=1e-4)
+    assert group(posterior, "observed_data")["y"].shape == (2, 5)
 
 
 def test_constants_follow_the_selection_and_need_not_be_numbers() -> None:

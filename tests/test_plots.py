@@ -71,6 +71,13 @@ def test_histogram_of_log_alpha_counts_every_weight_on_its_side_of_the_threshold
     assert "zero\n from 3 on" in axes[0].texts[0].get_text()
 
 
+@pytest.mark.parametrize(("kept", "share"), [(500, "100 %"), (498, "99.6 %"), (7, "1.4 %"), (0, "0 %")])
+def test_the_share_that_is_kept_is_written_out(kept: int, share: str) -> None:
+    q = torch.distributions.Normal(torch.ones(500), torch.where(torch.arange(500) < kept, 0.1, 100.0))
+    ax = plots.plot_log_alpha({"w": q})[0]
+    assert ax.get_title(loc="left") == f"w: {kept} of 500 kept ({share})"
+
+
 def test_histogram_of_log_alpha_with_means_of_zero(dense: Any) -> None:
     with torch.no_grad():
         dense.sites.get_submodule("0.weight").loc[0, :3] = 0.0

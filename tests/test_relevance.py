@@ -44,6 +44,12 @@ def test_formulas() -> None:
     torch.testing.assert_close(vdo.signal_to_noise(posterior)["w"], LOC.abs() / SCALE)
 
 
+def test_standard_deviations_whose_square_is_zero_in_half_precision() -> None:
+    q = dist.Normal(torch.tensor([1e-5, 0.1]).half(), torch.tensor([1e-4, 1e-4]).half())
+    torch.testing.assert_close(vdo.log_alpha({"w": q})["w"].float(), torch.tensor([4.6, -13.8]), rtol=0.02, atol=0)
+    assert vdo.masks({"w": q})["w"].tolist() == [False, True]
+
+
 def test_a_guide_and_its_distributions_agree() -> None:
     guide = guide_of(vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform()), torch.ones(1, 3))
     with torch.no_grad():

@@ -110,6 +110,23 @@ def test_gradients_of_a_sparse_convolution_need_little_memory() -> None:
     torch.testing.assert_close(by_sparse, by_dense, rtol=1e-4, atol=1e-5)
 
 
+def test_another_thread_may_be_at_images_of_another_size() -> None:
+    dense = nn.Conv2d(2, 3, 3)
+    layer = SparseConv2d.from_dense(dense)
+    layer(torch.zeros(1, 2, 5, 5))
+    others = layer._offsets
+
+    class Meanwhile(SparseConv2d):
+        """Where what is remembered is that of the other thread as soon as it is written."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, others if name == "_offsets" else value)
+
+    layer.__class__ = Meanwhile
+    x = torch.randn(2, 2, 8, 9)
+    torch.testing.assert_close(layer(x), dense(x))
+
+
 def test_wrong_inputs() -> None:
     sparse = SparseConv2d.from_dense(nn.Conv2d(2, 3, 3))
     for shape in [(1, 3, 5, 5), (1, 2, 2, 5)]:

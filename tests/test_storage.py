@@ -181,6 +181,24 @@ def test_sparse_buffers_are_refused() -> None:
     assert torch.equal(loaded.adjacency.to_dense(), torch.eye(2))
 
 
+@pytest.mark.parametrize("kind", [torch.complex64, torch.complex128, torch.uint16, torch.float8_e4m3fn], ids=str)
+def test_types_that_could_not_be_read_again_are_refused(kind: torch.dtype) -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    net.register_buffer("rotation", torch.ones(3).to(kind))
+    with pytest.raises(ExportFileError, match=r"rotation.*persistent=False"):
+        to_bytes(net)
+
+
+@pytest.mark.parametrize("owner", ["", "0"])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_that_a_layer_has_not_by_itself_need_a_skeleton(owner: str, persistent: bool) -> None:
+    net = nn.Sequential(nn.Linear(2, 2)).eval()
+    net.get_submodule(owner).register_buffer("center", torch.tensor([1.0, 2.0]), persistent=persistent)
+    with pytest.raises(ExportFileError, match="skeleton"):
+        from_bytes(to_bytes(net))
+    assert torch.equal(from_bytes(to_bytes(net), net).get_submodule(owner).center, torch.tensor([1.0, 2.0]))
+
+
 @pytest.mark.parametrize(
     "layer",
     [

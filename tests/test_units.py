@@ -13,9 +13,10 @@ from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoGuideList
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import pyro_vdo as vdo
-from pyro_vdo.families.units import scale_inputs, scale_outputs
+from pyro_vdo.families.units import fold_unit_noise, scale_inputs, scale_outputs
 
 
 def classifier(net):
@@ -29,6 +30,66 @@ def classifier(net):
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def _plus_one(module, args, output=None):
+    return (args[0] + 1.0,) if output is None else output + 1.0
+
+
+def _tied() -> list[nn.Module]:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    return [first, second]
+
+
+def _hooked(kind: str) -> nn.Module:
+    layer = nn.Linear(4, 4)
+    getattr(layer, f"register_forward_{kind}")(_plus_one)
+    return layer
+
+
+@pytest.mark.parametrize("side", ["output", "input", None])
+@pytest.mark.parametrize(
+    ("first", "second", "stays"),
+    [
+        (lambda: [nn.Linear(4, 4)] * 2, None, {None}),
+        (_tied, None, set()),
+        (lambda: [weight_norm(nn.Linear(4, 4))], nn.Sigmoid, {"output", "input", None}),
+        (lambda: [_hooked("hook")], nn.Sigmoid, {"output", None}),
+        (lambda: [_hooked("pre_hook")], nn.Sigmoid, {None}),
+    ],
+    ids=["twice", "tied", "parametrized", "hook", "pre_hook"],
+)
+def test_layers_that_are_not_alone(first, second, stays, side):
+    torch.manual_seed(0)
+    layers = [*first(), *([second()] if second else [])]
+    if side is None:
+        net = nn.Sequential(layers[0], vdo.UnitNoise(4), nn.Tanh(), layers[1], nn.Linear(4, 2))
+    else:
+        net = vdo.add_unit_noise(nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Linear(4, 2)), ["0"], side=side)
+    random_noise(net)
+    x = torch.randn(3, 4)
+    folded = fold_unit_noise(net.eval())
+    torch.testing.assert_close(folded(x), net(x))
+    assert any(isinstance(layer, vdo.UnitNoise) for layer in folded.modules()) == (side in stays)
+    torch.testing.assert_close(vdo.prune_module(folded, {}, "compact", example_inputs=x)(x), net(x))
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_attention_whose_projection_is_never_called(side):
+    """Its hooks do nothing, so that noise there would be in no trace, and the network could not be exported."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
+    noisy = vdo.add_unit_noise(net, side=side)
+    assert not any("out_proj.noise" in name for name in noisy.state_dict())
+    with pytest.raises(ValueError, match="out_proj"):
+        vdo.add_unit_noise(net, ["1.self_attn.out_proj"], side=side)
+    bayesian, x = vdo.to_bayesian(noisy, {vdo.UnitNoise: vdo.TruncatedLogUniform()}), torch.randn(4, 5, 3)
+    guide = vdo.AutoFactorizedNormal(lambda x: bayesian(x)).setup(x)
+    for name, scale in vdo.unit_scales(guide).items():
+        noisy.get_parameter(name).data.copy_(scale)
+    exported = vdo.export(bayesian, guide, "masked")
+    torch.testing.assert_close(exported(x), noisy.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 def random_noise(net: nn.Module) -> None:

@@ -136,10 +136,17 @@ def _described(module: nn.Module) -> dict[str, Any] | None:
     args = {name: _argument(module, name) for name in TYPES[kind]}
     node: dict[str, Any] = {"type": kind.__name__, **({"args": args} if args else {})}
     try:
-        same = kind is nn.Sequential or _same_options(_layer(node, ""), module)
+        rebuilt = _layer(node, "")
+        same = _tensors_of(rebuilt) == _tensors_of(module)
+        same = same and (kind is nn.Sequential or _same_options(rebuilt, module))
     except ArchitectureError:  # an unusual value, for which the list has no room
         return None
     return node if same else None
+
+
+def _tensors_of(module: nn.Module) -> set[str]:
+    """Names of parameters and buffers, of which a user may have added some: the mean of the data in a Sequential."""
+    return {name for own in (module._parameters, module._buffers) for name, t in own.items() if t is not None}
 
 
 def _same_options(rebuilt: nn.Module, module: nn.Module) -> bool:

@@ -24,6 +24,11 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def knows(kind: torch.dtype) -> bool:
+    """True for the types of tensors that can be read again."""
+    return kind in _DTYPES.values()
+
+
 class CodingError(ValueError):
     """The code of a tensor is not one that this package writes."""
 

@@ -136,7 +136,7 @@ def _cast(example: Any, dtype: torch.dtype) -> Any:
 
 def _noise(t: Tensor, generator: torch.Generator) -> Tensor:
     if not t.is_floating_point():
-        return t
+        return t.clone()  # one made in inference mode could not be followed
     return torch.randn(t.shape, generator=generator, dtype=torch.float64, device=generator.device).to(t)
 
 

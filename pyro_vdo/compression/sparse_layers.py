@@ -324,14 +324,14 @@ class SparseConv2d(_Csr):
 
     def _run_starts(self, height: int, width: int) -> Tensor:
         """Where in the flattened image the run of each tap starts."""
-        key = (height, width, self.taps)
-        if self._offsets is None or self._offsets[0][:2] != key[:2] or self._offsets[0][2] is not self.taps:
+        known = self._offsets  # read once: another thread may be at images of another size
+        if known is None or known[0][:2] != (height, width) or known[0][2] is not self.taps:
             kernel_rows, kernel_columns = self.kernel_size
             row, column = self.taps // kernel_columns % kernel_rows, self.taps % kernel_columns
             channel = self.taps // (kernel_rows * kernel_columns)
             starts = (channel * height + row * self.dilation[0]) * width + column * self.dilation[1]
-            self._offsets = (key, starts)
-        return self._offsets[1]
+            known = self._offsets = ((height, width, self.taps), starts)
+        return known[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_offsets": None}

@@ -45,12 +45,13 @@ def save(module: nn.Module, path: str | os.PathLike[str], *, threshold: float | 
     """Write a network, usually one from :func:`pyro_vdo.export`, to one file; a crash leaves the old file whole.
 
     Tensors with many zeros are stored as positions and values. The structure of networks of ``nn.Sequential`` and
-    torch's own layers is stored too, so that :func:`load` needs nothing else; of other classes only their layers.
+    torch's usual layers is stored too, so that :func:`load` needs nothing else; of other classes only their layers.
 
     :param path: the file; by custom ``.safetensors``.
     :param threshold: for the header, where ``module.export_info`` does not tell it.
     :returns: the size of the file in bytes.
-    :raises ExportFileError: if the file cannot be written, or the module has an extra state or sparse tensors.
+    :raises ExportFileError: if the file cannot be written, or the module has an extra state, or tensors that are sparse
+        or of unusual types (complex ones, say).
     """
     target = Path(path)
     data = to_bytes(module, threshold)
@@ -106,6 +107,13 @@ def _named_values(module: nn.Module) -> dict[str, Any]:
         raise ExportFileError(
             f"{sorted(odd)} are sparse tensors, which a file of this kind does not hold. Register such a buffer with "
             "persistent=False, so that the skeleton for load brings it along, or as a dense tensor"
+        )
+    unknown = {name: str(v.dtype) for name, v in state.items() if not coding.knows(v.dtype)}
+    if unknown:
+        raise ExportFileError(
+            f"{unknown} are of types that a file of this kind does not hold. Register such a buffer with "
+            "persistent=False, so that the skeleton for load brings it along; a complex one may be stored as real "
+            "numbers (torch.view_as_real)"
         )
     return {**state, **result}
 

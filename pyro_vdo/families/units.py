@@ -8,6 +8,7 @@ is the same layer with the prior ``LogUniform`` and the guide ``AutoGaussianDrop
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
@@ -16,6 +17,7 @@ from pyro.infer.autoguide import AutoGuideList
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from pyro_vdo.families.noise import scale_units
 from pyro_vdo.families.structured import TruncatedLogNormal, TruncatedLogUniform
@@ -87,7 +89,8 @@ def add_unit_noise(
 
     :param net: any plain module.
     :param where: which layers: a list of module names, or a predicate ``(name, module) -> bool``; by default all but
-        the last on the side of the outputs (these are the network's own), and all on the side of the inputs.
+        the last on the side of the outputs (these are the network's own), and all on the side of the inputs. The
+        ``out_proj`` of attention, whose weight a fused function takes, cannot have noise.
     :param side: scale the outputs of a layer (its child is then ``noise``) or its inputs (``noise_in``).
     :raises TypeError: if ``where`` is neither names nor a function.
     :raises ValueError: for unknown names or sides, layers of another type, a converted network, or if no layer is left.
@@ -100,7 +103,8 @@ def add_unit_noise(
     if side not in ("output", "input"):
         raise ValueError(f"add_unit_noise: side must be 'output' or 'input', not {side!r}")
     noisy = copy.deepcopy(net)
-    layers = {name: module for name, module in noisy.named_modules() if isinstance(module, LINEAR_LAYERS)}
+    fused = {m.out_proj for m in noisy.modules() if isinstance(m, nn.MultiheadAttention)}  # which are never called
+    layers = {name: m for name, m in noisy.named_modules() if isinstance(m, LINEAR_LAYERS) and m not in fused}
     chosen = _choose(layers, where, side)
     if not chosen:
         raise ValueError(f"add_unit_noise: no layer to put noise on; the network has {sorted(layers)}")
@@ -191,46 +195,60 @@ def unit_scales(guide: Any, threshold: float = 1.0) -> dict[str, Tensor]:
 def fold_unit_noise(net: nn.Module) -> nn.Module:
     """A copy of a plain ``net`` whose ``UnitNoise`` layers are multiplied into the weights next to them.
 
-    Exact: the copy computes the same function. Noise inserted by :func:`add_unit_noise` is always folded; a layer in a
-    ``Sequential`` is folded into the linear, convolutional or batch normalisation layer before it (activations that are
-    positively homogeneous and poolings may lie between) or into the linear layer right after it, and becomes an
-    ``Identity``. Where neither is there, it stays.
+    Exact: the copy computes the same function. Noise inserted by :func:`add_unit_noise` is folded into its layer; a
+    layer in a ``Sequential`` is folded into the linear, convolutional or batch normalisation layer before it
+    (activations that are positively homogeneous and poolings may lie between) or into the linear layer right after it,
+    and becomes an ``Identity``. Where neither is there, it stays, as beside weights that are parametrized, hooks that
+    come between, and layers of a ``Sequential`` that the network has in several places. Tied weights are untied.
     """
     folded = copy.deepcopy(net)
     for layer in list(folded.modules()):
         _fold_children(layer)
+    places = Counter(id(child) for parent in folded.modules() for child in parent._modules.values())
     for parent in list(folded.modules()):
         if isinstance(parent, nn.Sequential):
-            _fold_sequential(parent)
+            _fold_sequential(parent, places)
     return folded
 
 
 def _fold_children(layer: nn.Module) -> None:
-    for name, hooks, fold in [
-        (_OUTPUT, layer._forward_hooks, scale_outputs),
-        (_INPUT, layer._forward_pre_hooks, scale_inputs),
+    for name, hooks, fold, next_to in [  # the position among the hooks that is next to the layer
+        (_OUTPUT, layer._forward_hooks, scale_outputs, 0),
+        (_INPUT, layer._forward_pre_hooks, scale_inputs, -1),
     ]:
         noise = layer._modules.get(name)
-        if isinstance(noise, UnitNoise):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is noise]:
+        if isinstance(noise, UnitNoise) and hooks and not is_parametrized(layer):
+            scale, (key, hook) = noise.weight.detach(), list(hooks.items())[next_to]
+            if getattr(hook, "__self__", None) is noise:
                 del hooks[key]
-            del layer._modules[name]
-            fold(layer, noise.weight.detach())
+                del layer._modules[name]
+                fold(layer, scale)
 
 
-def _fold_sequential(parent: nn.Sequential) -> None:
+def _fold_sequential(parent: nn.Sequential, places: Mapping[int, int]) -> None:
     layers = list(parent)
+
+    def is_free(layers: list[nn.Module]) -> bool:
+        """Whether the first of the layers, with all that lies between, is nothing but a layer of this chain."""
+        alone = places[id(layers[0])] == 1 and not is_parametrized(layers[0])
+        return alone and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+
     for at, noise in enumerate(layers):
         if not isinstance(noise, UnitNoise):
             continue
         scale = noise.weight.detach()
         passed = _HOMOGENEOUS if bool((scale >= 0).all()) else (nn.Identity,)
-        before = next((layer for layer in reversed(layers[:at]) if not isinstance(layer, passed)), None)
-        after = next((layer for layer in layers[at + 1 :] if not isinstance(layer, nn.Identity)), None)
-        if before is not None and _has_units(before, noise, "out"):
-            scale_outputs(before, scale)
-        elif isinstance(after, LINEAR_LAYERS) and _has_units(after, noise, "in"):
-            scale_inputs(after, scale)
+        before = next((i for i in range(at - 1, -1, -1) if not isinstance(layers[i], passed)), None)
+        after = next((i for i in range(at + 1, len(layers)) if not isinstance(layers[i], nn.Identity)), None)
+        if before is not None and _has_units(layers[before], noise, "out") and is_free(layers[before : at + 1]):
+            scale_outputs(layers[before], scale)
+        elif (
+            after is not None
+            and isinstance(layers[after], LINEAR_LAYERS)
+            and _has_units(layers[after], noise, "in")
+            and is_free(layers[after : at - 1 if at else None : -1])
+        ):
+            scale_inputs(layers[after], scale)
         else:
             continue
         parent[at] = layers[at] = nn.Identity()
@@ -248,24 +266,30 @@ def _has_units(layer: nn.Module, noise: UnitNoise, side: str) -> bool:
 
 @torch.no_grad()
 def scale_outputs(layer: nn.Module, scale: Tensor) -> None:
-    """Multiply the outputs of a linear, convolutional or batch normalisation layer by ``scale``, in place."""
+    """Multiply the outputs of a linear, convolutional or batch normalisation layer by ``scale``, by new parameters."""
     weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
     if isinstance(layer, _TRANSPOSED):  # (in, out / groups, *kernel)
         table = scale.reshape(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)
-        weight.mul_(table.reshape(*table.shape, *(1,) * (weight.dim() - 2)))
+        _multiply(layer, "weight", table.reshape(*table.shape, *(1,) * (weight.dim() - 2)))
     else:
-        weight.mul_(scale.reshape(-1, *(1,) * (weight.dim() - 1)))
+        _multiply(layer, "weight", scale.reshape(-1, *(1,) * (weight.dim() - 1)))
     if bias is not None:
-        bias.mul_(scale)
+        _multiply(layer, "bias", scale)
 
 
 @torch.no_grad()
 def scale_inputs(layer: nn.Module, scale: Tensor) -> None:
-    """Multiply the inputs of a linear or convolutional layer by ``scale``, in place in its weight."""
+    """Multiply the inputs of a linear or convolutional layer by ``scale``, by a new weight."""
     weight: Any = layer.weight
     if isinstance(layer, _TRANSPOSED):
-        weight.mul_(scale.reshape(-1, *(1,) * (weight.dim() - 1)))
+        _multiply(layer, "weight", scale.reshape(-1, *(1,) * (weight.dim() - 1)))
     else:  # (out, in / groups, *kernel)
         groups = getattr(layer, "groups", 1)
         table = scale.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
-        weight.mul_(table.reshape(*table.shape, *(1,) * (weight.dim() - 2)))
+        _multiply(layer, "weight", table.reshape(*table.shape, *(1,) * (weight.dim() - 2)))
+
+
+def _multiply(layer: nn.Module, name: str, factor: Tensor) -> None:
+    """Not in place: another layer may have the same parameter."""
+    old = layer.get_parameter(name)
+    setattr(layer, name, nn.Parameter(old * factor, requires_grad=old.requires_grad))

@@ -98,12 +98,14 @@ def inspect_sites(guide_trace: Any, model_trace: Any) -> dict[str, Site]:
 
 
 def _site(name: str, node: Any, kind: str) -> Site:
-    value = node["value"]
+    value, frames = node["value"], [f for f in node["cond_indep_stack"] if f.vectorized]
     event_dim = node["fn"].event_dim
-    batch_shape = tuple(value.shape[: value.dim() - event_dim])
-    frames = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
-    batch_shape = (1,) * (max((-d for d in frames), default=0) - len(batch_shape)) + batch_shape
-    plates = {len(batch_shape) + dim: plate for dim, plate in frames.items()}
+    if kind == "deterministic":
+        event_dim, frames = _of_deterministic(value, event_dim, frames)
+        batch_shape = tuple(value.shape[: value.dim() - event_dim])
+    else:  # data may have fewer dimensions than their plates
+        batch_shape = tuple(torch.broadcast_shapes(value.shape[: value.dim() - event_dim], node["fn"].batch_shape))
+    plates = {len(batch_shape) + f.dim: f.name for f in frames}
     event = tuple(node["infer"].get("event_dims", ())) or tuple(
         f"{name}_{dim}" for dim in getattr(node["fn"], "dim_names", ())
     )
@@ -117,6 +119,19 @@ def _site(name: str, node: Any, kind: str) -> Site:
         event if len(event) == event_dim else (),
         value.detach() if kind == "observed" else None,
     )
+
+
+def _of_deterministic(value: Tensor, event_dim: int, frames: list[Any]) -> tuple[int, list[Any]]:
+    """Event dimensions and plates of a value that nothing expands, and whose dimensions Pyro takes for events."""
+
+    def fits(event_dim: int) -> bool:
+        batch = value.shape[: value.dim() - event_dim]
+        return all(-f.dim <= len(batch) and batch[f.dim] == f.size for f in frames)
+
+    depth = max((-f.dim for f in frames), default=0)
+    options = [event_dim, *([value.dim() - depth] if value.dim() >= depth else []), 0]
+    fitting = next(filter(fits, options), None)
+    return (event_dim, []) if fitting is None else (fitting, frames)
 
 
 def plate_nesting(*traces: Any) -> int:
