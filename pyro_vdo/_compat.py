@@ -25,7 +25,9 @@ from pyro.nn import PyroModule
 from pyro.ops import provenance
 from pyro.optim import PyroOptim
 from pyro.poutine import runtime
+from pyro.poutine.replay_messenger import ReplayMessenger
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -375,6 +377,20 @@ def data_plates(*, particles: bool = False) -> list[Any]:
 def is_transforming() -> bool:
     """True inside of a ``torch.func`` transform (``vmap``, ``grad``, ...)."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def guided_model_runs() -> bool:
+    """True while a model runs at the sites that its guide has sampled."""
+    return any(isinstance(handler, ReplayMessenger) for handler in runtime._PYRO_STACK)
+
+
+def derivative_depth() -> int:
+    """The number of derivatives that are being taken by ``torch.func`` or in forward mode."""
+    levels = forward_ad._current_level + 1
+    if not is_transforming():
+        return levels
+    derivatives = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return levels + sum(level.key() in derivatives for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
