@@ -349,8 +349,10 @@ def _is_called_by(codes: Set[Any]) -> bool:
 
 
 def joint_samples_are_needed() -> bool:
-    """True inside of ``Predictive``, importance sampling, ``RenyiELBO`` and its kin (``_WEIGH_SAMPLES``)."""
-    return _is_called_by(_NEED_JOINT_SAMPLES)
+    """True inside of ``Predictive``, importance sampling, forecasts, ``RenyiELBO`` and its kin (``_WEIGH_SAMPLES``)."""
+    forecasts = sys.modules.get("pyro.contrib.forecast.forecaster")  # imported by those who make some
+    own = () if forecasts is None else (inspect.unwrap(forecasts.Forecaster.forward).__code__,)
+    return _is_called_by(_NEED_JOINT_SAMPLES.union(own))
 
 
 def predictions_are_made() -> bool:
