@@ -25,7 +25,9 @@ from pyro.nn import PyroModule
 from pyro.ops import provenance
 from pyro.optim import PyroOptim
 from pyro.poutine import runtime
+from pyro.poutine.replay_messenger import ReplayMessenger
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -347,8 +349,10 @@ def _is_called_by(codes: Set[Any]) -> bool:
 
 
 def joint_samples_are_needed() -> bool:
-    """True inside of ``Predictive``, importance sampling, ``RenyiELBO`` and its kin (``_WEIGH_SAMPLES``)."""
-    return _is_called_by(_NEED_JOINT_SAMPLES)
+    """True inside of ``Predictive``, importance sampling, forecasts, ``RenyiELBO`` and its kin (``_WEIGH_SAMPLES``)."""
+    forecasts = sys.modules.get("pyro.contrib.forecast.forecaster")  # imported by those who make some
+    own = () if forecasts is None else (inspect.unwrap(forecasts.Forecaster.forward).__code__,)
+    return _is_called_by(_NEED_JOINT_SAMPLES.union(own))
 
 
 def predictions_are_made() -> bool:
@@ -377,10 +381,28 @@ def is_transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def _transforms() -> list[Any]:
+    """The kinds of the ``torch.func`` transforms that are under way."""
+    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+
+
 def is_mapping() -> bool:
     """True inside of ``torch.vmap``, and of the transforms that use it."""
-    functorch = torch._C._functorch
-    return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
+    return torch._C._functorch.TransformType.Vmap in _transforms()
+
+
+def derivative_depth() -> int:
+    """The number of derivatives that are being taken by ``torch.func`` or in forward mode."""
+    levels = forward_ad._current_level + 1
+    if not is_transforming():
+        return levels
+    kinds = torch._C._functorch.TransformType
+    return levels + sum(kind in (kinds.Grad, kinds.Jvp) for kind in _transforms())
+
+
+def guided_model_runs() -> bool:
+    """True while a model runs at the sites that its guide has sampled."""
+    return any(isinstance(handler, ReplayMessenger) for handler in runtime._PYRO_STACK)
 
 
 def compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:

@@ -25,7 +25,20 @@ class DrawnWeight(Tensor):
     ) -> Any:
         args, kwargs = tree_map(_plain, (args, kwargs or {}))
         rule = cls.rules.get(func)
-        return func(*args, **kwargs) if rule is None else rule(func, args, kwargs)
+        if rule is not None:
+            return rule(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:  # torch speaks of dimensions
+            if not issubclass(cls, PrunedDraw):
+                error.args = (f"{error}\n{_PARTICLES}", *error.args[1:])
+            raise
+
+
+_PARTICLES = (
+    "A weight of it has samples or plates as dimensions on its left, which this function may not take. Draw one sample "
+    "at a time: Predictive(..., parallel=False), Trace_ELBO(vectorize_particles=False)."
+)
 
 
 class PrunedDraw(DrawnWeight):

@@ -112,6 +112,12 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             self.prototype_trace = None  # a second call starts over
             if isinstance(error, ValueError):
                 self._initial.explain(error)
+            if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+                error.args = (
+                    f"{error}\n{type(self).__name__} learns the sites under torch.no_grad. Where the model takes "
+                    "derivatives (torch.autograd.grad), write them under with torch.enable_grad().",
+                    *error.args[1:],
+                )
             raise
 
     def _setup_sites(self) -> None:

@@ -38,6 +38,11 @@ def init_to_pretrained(site: Any = None, *, fallback: Init = init_to_median) -> 
     if pretrained is not None and pretrained.shape == shape:
         if not bool(torch.isfinite(pretrained).all()):
             raise ValueError(f"init_to_pretrained: the weight '{site['name']}' of the network is not finite")
+        if not bool(site["fn"].support.check(pretrained).all()):
+            raise ValueError(
+                f"init_to_pretrained: the weight '{site['name']}' of the network has values outside of the support of "
+                "its prior. Start elsewhere: init_loc_fn=pyro.infer.autoguide.init_to_median."
+            )
         return pretrained.detach().clone()
     prior = base_prior(site["fn"])
     if isinstance(prior, WeightPrior):

@@ -128,6 +128,7 @@ def linear(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
 
 def _fast_linear(x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor | None:
     """The same for a whole weight whose particles are copies of one matrix, with fewer passes over the weights."""
+    weight.variable.refuse_derivative()
     out = weight.sample_linear(x, bias)
     if out is not None:
         weight.note_linear_use()

@@ -106,6 +106,11 @@ def _copied(net: nn.Module) -> nn.Module:
 
 def _refuse_compiled(net: nn.Module) -> None:
     for path, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"to_bayesian: {repr(path) if path else 'the network'} is a {type(module).__name__} of torch.jit, "
+                "whose code cannot meet random weights. Convert the network that it was made from."
+            )
         if _compat.is_compiled_module(module):
             raise ValueError(
                 f"to_bayesian: {repr(path) if path else 'the network'} is wrapped by torch.compile, which hides where "

@@ -86,6 +86,7 @@ class GaussianWeight(Undrawn):
 
     def note_linear_use(self) -> None:
         """Tell the variable that this part of it meets the data; every rule calls it once."""
+        self.variable.refuse_derivative()
         self.variable.note_linear_use(self.places)
 
     @property

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from pyro.infer import Predictive
+from pyro.infer import Predictive, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
@@ -51,3 +51,23 @@ def test_pruned_weights_have_no_part_in_the_scale_of_drawn_ones(group: Any) -> N
     found = prior.log_prob(PrunedDraw.of(plain, q.kept)).sum()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*torch.autograd.grad(found, plain), *torch.autograd.grad(expected, plain))
+
+
+def test_layers_that_take_no_particles_name_the_remedy() -> None:
+    x = torch.randn(5, 2, 4)
+    net = vdo.to_bayesian(nn.TransformerEncoderLayer(4, 1, 4, batch_first=True), vdo.LogUniform())
+
+    def model(x: Tensor) -> None:
+        mean = net(x)
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(mean, 1.0).to_event(2), obs=torch.zeros(5, 2, 4))
+
+    guide = vdo.AutoFactorizedNormal(model).setup(x)
+    for run in (Predictive(model, guide=guide, num_samples=4, parallel=True), particles(model, guide)):
+        with pytest.raises(RuntimeError, match=r"parallel=False.*vectorize_particles=False"):
+            run(x)
+
+
+def particles(model: Any, guide: Any) -> Any:
+    elbo = Trace_ELBO(4, max_plate_nesting=1, vectorize_particles=True)
+    return lambda x: elbo.loss(model, guide, x)

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.forecast import Forecaster, ForecastingModel
 from pyro.infer import (
     SVI,
     Importance,
@@ -380,6 +381,23 @@ def test_joint_samples_are_drawn_even_in_training(use: str, monkeypatch: pytest.
     assert not any(kinds)
     Trace_ELBO().loss(*pair, problem.x, problem.y)
     assert all(kinds[-2:])
+
+
+def test_forecasts_draw_one_weight_for_all_times() -> None:
+    class Model(ForecastingModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = vdo.to_bayesian(nn.Linear(1, 1), dist.Normal(0.0, 1.0))
+
+        def model(self, zero_data: Tensor, covariates: Tensor) -> None:
+            self.predict(dist.Normal(0.0, 0.01), self.net(covariates))
+
+    model, times = Model(), torch.ones(8, 1)
+    guide = vdo.AutoFactorizedNormal(model, init_scale=0.5)
+    forecaster = Forecaster(model, times[:5], times[:5], guide=guide, num_steps=1, learning_rate=1e-6, log_every=0)
+    assert guide.training
+    paths = forecaster(times[:5], times, num_samples=50).squeeze(-1)
+    assert torch.corrcoef(paths.T).min() > 0.9
 
 
 def test_importance_sampling_after_eval() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import pickle
 
+import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoNormal, init_to_median, init_to_value
 
 import pyro_vdo as vdo
 from tests.classifier import Setup, X, Y, plain_network
@@ -50,6 +51,14 @@ def test_initial_values_that_are_not_finite() -> None:
         plain[2].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"weight '2\.weight' of the network is not finite"):
         Setup(plain).guide.setup(X, Y)
+
+
+def test_initial_values_outside_of_the_support_of_the_prior() -> None:
+    net, x = vdo.to_bayesian(plain_network(), dist.HalfNormal(1.0)), torch.zeros(1, 3)
+    for guide in (vdo.AutoFactorizedNormal(net), AutoNormal(net, init_loc_fn=vdo.init_to_pretrained())):
+        with pytest.raises(ValueError, match=r"'0\.weight'.*support of its prior.*init_to_median"):
+            guide(x)
+    assert vdo.AutoFactorizedNormal(net, init_loc_fn=init_to_median)(x)["0.weight"].min() > 0
 
 
 def test_an_init_function_can_be_pickled_with_the_guide() -> None:

@@ -482,6 +482,8 @@ def test_compiled_networks_are_refused() -> None:
     torch.distributions.Distribution.set_default_validate_args(validation)  # Dynamo switches it off, see above
     with pytest.raises(ValueError, match=r"the network is wrapped by torch\.compile.*before it is compiled"):
         vdo.to_bayesian(whole, vdo.LogUniform())
+    with pytest.raises(ValueError, match=r"'0' is a (Recursive)?.*of torch\.jit"):
+        vdo.to_bayesian(nn.Sequential(torch.jit.trace(nn.Linear(3, 2), X)), vdo.LogUniform())
     with pytest.raises(ValueError, match=r"to_bayesian: '1' is wrapped by torch\.compile"):
         vdo.to_bayesian(part, vdo.LogUniform())
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import pyro_vdo as vdo
@@ -176,8 +177,53 @@ def test_transforms_of_torch_func() -> None:
     plain = classifier(lambda layer, x: layer(x))()
     mapped = classifier(lambda layer, x: torch.func.vmap(layer, randomness="different")(x))
     assert mapped() == pytest.approx(plain, rel=0.5)
-    derivative = classifier(lambda layer, x: torch.func.jvp(lambda z: layer(z).tanh(), (x,), (torch.ones_like(x),))[1])
-    assert derivative() > 0
+
+
+def input_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    gradient = torch.func.grad(lambda z: layer(z).tanh().sum())
+    return torch.func.vmap(gradient, randomness="different")(x)
+
+
+def tangent(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jvp(lambda z: layer(z).tanh(), (x,), (torch.ones_like(x),))[1]
+
+
+def dual_tangent(layer: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x))).tanh()).tangent
+
+
+def plain_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(x).tanh().sum(), x)[0]
+
+
+@pytest.mark.parametrize("take", [input_gradient, tangent, dual_tangent, plain_gradient])
+def test_derivatives_within_the_model_need_a_draw(take: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    with pytest.raises(RuntimeError, match=r"derivatives are not those of one weight.*draw="):
+        classifier(take)()
+    assert classifier(take, draw=["layer.weight"])() > 0
+
+
+def test_derivatives_of_the_loss_by_torch_func() -> None:
+    x, shape = torch.ones(5, 3), (2, 3)
+
+    def loss(loc: Tensor) -> Tensor:
+        weight = vdo.FactorizedNormal(loc, torch.full(shape, 1e-9)).to_event(2).rsample()
+        return torch.nn.functional.linear(x, weight).square().sum()
+
+    loc = torch.randn(shape)
+    torch.testing.assert_close(torch.func.grad(loss)(loc), 2 * (x @ loc.T).T @ x)
+
+
+def test_first_derivatives_need_gradients_in_the_first_pass() -> None:
+    def slope(layer: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(x).sum(), x, create_graph=True)[0]
+
+    with pytest.raises(RuntimeError, match=r"torch\.enable_grad"):
+        classifier(slope, draw=["layer.weight"])()
 
 
 def test_jacobians_and_their_derivatives_at_outputs() -> None:

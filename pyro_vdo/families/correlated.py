@@ -105,6 +105,7 @@ class CorrelatedWeight(Undrawn):
 
     def note_linear_use(self) -> None:
         """Tell the variable that this part of it meets the data."""
+        self.variable.refuse_derivative()
         self.variable.note_linear_use(self.places)
 
     def sample(self) -> Tensor:

@@ -167,7 +167,7 @@ def scale_by_gaussian(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     x, weight, positions = (*args, 0)[:3]
     if isinstance(x, Undrawn) or not isinstance(weight, GaussianWeight):
         return NotImplemented
-    weight.note_linear_use()
+    weight.variable.note_linear_use(weight.places)  # a derivative by x is right: each data point has one factor
     loc, scale = (part.reshape(*part.shape, *(1,) * positions) for part in (weight.loc, weight.scale))
     event = loc.shape[-1 - positions :]
     batch = torch.broadcast_shapes(loc.shape[: -1 - positions], _data(x, 1 + positions))

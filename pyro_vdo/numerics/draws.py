@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vdo import _compat
 from pyro_vdo.numerics import fused
 
 
@@ -42,11 +43,15 @@ def draw_with_slope(
 
 
 def refuse_second_derivative() -> None:
-    """For backward passes, in which gradients are on where a derivative of the derivative is wanted."""
-    if torch.is_grad_enabled():
+    """For backward passes: gradients are on in them where a derivative of the derivative is wanted.
+
+    :raises RuntimeError: there, and where a model that is running takes the derivative.
+    """
+    if torch.is_grad_enabled() or _compat.guided_model_runs():
         raise RuntimeError(
-            "local reparameterization has no second derivative (create_graph=True). Draw the weights that the gradient "
-            "goes through: AutoFactorizedNormal(model, draw=[names of the sites])."
+            "local reparameterization has no second derivative (create_graph=True), and none that the model may take "
+            "itself: it draws outputs, whose derivatives are not those of one weight. Draw the weights that the "
+            "gradient goes through: AutoFactorizedNormal(model, draw=[names of the sites])."
         )
 
 

@@ -59,6 +59,7 @@ def _fast(
     func: Any, options: dict[str, Any], spatial: int, x: Tensor, weight: GaussianWeight, bias: Any
 ) -> Tensor | None:
     """The same for a whole weight whose particles are copies of one, with fewer passes over the data."""
+    weight.variable.refuse_derivative()
     numbers = Options.of("output_padding" in _CONVOLUTIONS[func][1], options)
     out = None if numbers is None else weight.sample_convolution(x, bias, spatial, numbers)
     if out is not None:
