@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pyro.infer import Trace_ELBO
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import pyro_vdo as vdo
+from pyro_vdo.weights import GaussianWeight
 from tests.one_step import WEIGHTS, WIDTH, Recorder, loss_and_gradients, program, step
 
 
@@ -55,6 +57,17 @@ def test_memory_of_the_size_of_a_weight() -> None:
     # A site: the variance; two gradients from the KL and two from the data; and, at most a chunk each, three scratch
     # tensors in each direction of the KL.
     assert sum(size >= 4 * WIDTH * WIDTH for size in allocations) == 2 * (5 + 6)
+
+
+def test_memory_of_the_size_of_the_output_of_a_convolution() -> None:
+    x, loc = torch.ones(8, 3, 33, 31), torch.ones(5, 3, 3, 3)
+    weight = GaussianWeight(loc.requires_grad_(), log_scale=torch.zeros_like(loc).requires_grad_(), event_dim=4)
+    bias = torch.ones(5, requires_grad=True)
+    with Recorder((8, 5, 31, 29)) as record:
+        F.conv2d(x, weight, bias)
+    # Mean, variance and noise, which hold the draw, the standard deviation and the slope in the end.
+    assert record.fresh == 3
+    assert record.calls["add"] == 0  # the bias comes with the mean
 
 
 def test_calls_grow_linearly_with_the_number_of_sites() -> None:
