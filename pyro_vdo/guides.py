@@ -24,6 +24,7 @@ from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.pruning import Prunable
 from pyro_vdo.sharing import share_sums
 from pyro_vdo.site_posterior import SitePosterior, is_real, registered_posterior
+from pyro_vdo.together import taken_together
 from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.variables import ReusePolicy
 
@@ -58,7 +59,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
     :param init_loc_fn: initial means, a Pyro init function; by default the network's own weights.
     :param init_scale: initial standard deviation in unconstrained space: a number, or a function of the initial mean.
     :param draw: names of sites that are drawn once per pass (tied layers, recurrent steps).
-    :param strict: raise :class:`ReuseError` where one weight would be treated as two, instead of warning.
+    :param strict: raise :class:`ReuseError` where one weight would be treated as two, or where a site takes all data
+        points together, instead of warning.
     :param create_plates: as in Pyro's guides.
     :raises ValueError: for a scale that is not positive; at the first call, for names in ``draw`` that are no sites.
     """
@@ -85,6 +87,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         self.draw = frozenset(draw)
         self.policy = ReusePolicy(strict=strict)
         self.sites = _Branch()
+        self._together_is_known = False
 
     # ----------------------------------------------------------------- setup
 
@@ -195,9 +198,11 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         """
         self._refuse_empty(args, kwargs)
         self.setup(*args, **kwargs)
-        plates = self._create_plates(*args, **kwargs)
         undrawn = self.training and handlers.local_reparameterization_enabled()
         undrawn = undrawn and not _compat.joint_samples_are_needed()
+        if undrawn and not self._together_is_known:
+            self._report_together(args, kwargs)
+        plates = self._create_plates(*args, **kwargs)
         result = {}
         for name, site in self._require_setup():
             with ExitStack() as stack:
@@ -209,6 +214,27 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         if undrawn:
             share_sums((result[name], base_prior(site["fn"])) for name, site in self._require_setup())
         return result
+
+    def _report_together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Say so, in the first pass with undrawn weights, if the likelihood takes the data points together."""
+        if _compat.cannot_be_tried() or _compat.predictions_are_made():
+            return
+        self._together_is_known = True
+
+        def run() -> None:
+            with poutine.block():
+                self._initial.instead = self.forward(*args, **kwargs)
+            self.model(*args, **kwargs)
+
+        policy, self.policy = self.policy, ReusePolicy(silent=True)
+        try:
+            found = taken_together(run)
+        except Exception:  # the pass that follows fails for the same reason, and says so
+            found = None
+        finally:
+            self.policy, self._initial.instead = policy, {}
+        if found is not None:
+            policy.report_together(*found)
 
     def _sample_site(self, name: str, site: Any, undrawn: bool) -> Tensor:
         q, event_dim = self._posterior(name, site), site["infer"]["vdo_event_dim"]

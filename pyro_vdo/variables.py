@@ -20,11 +20,11 @@ Places = tuple[Callable[[Tensor], Tensor], ...]
 
 
 class ReuseError(RuntimeError):
-    """One weight was used in two ways that would treat it as two variables (strict mode)."""
+    """One weight was used in ways that would treat it as several variables (strict mode)."""
 
 
 class ReuseWarning(UserWarning):
-    """One weight was used in two ways that treat it as two variables."""
+    """One weight was used in ways that treat it as several variables."""
 
 
 @dataclass
@@ -32,10 +32,12 @@ class ReusePolicy:
     """What to do when a weight meets a data point twice: warn once for each site, or raise.
 
     :param strict: raise :class:`ReuseError` instead of warning.
+    :param silent: neither.
     """
 
     strict: bool = False
     warned: set[str] = field(default_factory=set)
+    silent: bool = False
 
     def report(self, name: str, what: str) -> None:
         """Warn once for the site ``name``, or raise."""
@@ -43,11 +45,23 @@ class ReusePolicy:
             f"weight '{name}' {what} in one pass. Local reparameterization would treat this one weight as two "
             f"independent ones. Write AutoFactorizedNormal(model, draw=[{name!r}]) to draw it once per pass."
         )
+        self._say(name, message)
+
+    def report_together(self, name: str, weights: list[str]) -> None:
+        """Warn once that the site ``name`` takes together the data points that ``weights`` meet, or raise."""
+        self._say(
+            name,
+            f"site '{name}' takes all data points together: its density is no product of one factor for each. Local "
+            "reparameterization gives each data point noise of its own, where one draw of the weights has to serve "
+            f"all. Write AutoFactorizedNormal(model, draw={weights}) to draw them once per pass.",
+        )
+
+    def _say(self, name: str, message: str) -> None:
         if self.strict:
             raise ReuseError(message)
-        if name not in self.warned:
+        if name not in self.warned and not self.silent:
             self.warned.add(name)
-            warnings.warn(message, ReuseWarning, stacklevel=2)
+            warnings.warn(message, ReuseWarning, stacklevel=3)
 
 
 @dataclass
