@@ -182,14 +182,25 @@ def _changed(before: Tensor, after: Tensor) -> Tensor:
     return (after - before).abs().amax(1) > min(_TOLERANCE, 100 * torch.finfo(before.dtype).eps) * largest
 
 
+def _tensors(site: Any) -> list[Tensor]:
+    """The parameters of the distribution of a site."""
+    fn = base_prior(site["fn"])
+    return [value for key, value in vars(fn).items() if isinstance(value, Tensor) and key in fn.arg_constraints]
+
+
+def _may_depend(site: Any) -> bool:
+    """False for the KL of weights, which no data reach."""
+    if site_is_subsample(site):
+        return False
+    return not isinstance(site["value"], Undrawn) or any(tensor.requires_grad for tensor in _tensors(site))
+
+
 def _run(model: Callable[[], Any], moved: Moved, by_site: int | None = None) -> _Run:
     """Run ``model`` and take gradients: of all its sites together, and of each at the use ``by_site``."""
     with _unnoticed():
         with _Recorder(moved) as recorder:
             trace = poutine.trace(model).get_trace()
-        sites = {
-            name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not site_is_subsample(site)
-        }
+        sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and _may_depend(site)}
         trace.compute_log_prob(lambda name, site: name in sites)
         terms = {name: site["log_prob_sum"] for name, site in sites.items()}
         terms = {name: term for name, term in terms.items() if isinstance(term, Tensor) and term.requires_grad}
@@ -232,8 +243,7 @@ def _takes_all(site: Any, lengths: set[int], *, whole: bool) -> bool:
     single = math.prod(fn.batch_shape) == 1 and not site_is_factor(site)
     if not whole:
         return single and bool(lengths & set(fn.event_shape))
-    tensors = [site["value"], *(value for key, value in vars(fn).items() if key in fn.arg_constraints)]
-    shapes = [tensor.shape for tensor in tensors if isinstance(tensor, Tensor)]
+    shapes = [tensor.shape for tensor in (site["value"], *_tensors(site))]
     return not single or any(lengths & set(shape) for shape in (*shapes, fn.event_shape))
 
 
