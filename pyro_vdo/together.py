@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +49,17 @@ class _Use:
     weights: list[str]
     rows: tuple[int, ...]
     added: Tensor
+    #: whether all rows meet one weight; those of an embedding may have weights of their own, as positions have
+    is_shared: bool
 
     @property
     def lengths(self) -> torch.Size:
         return torch.Size(self.added.shape[dim] for dim in self.rows)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there are two data points: not where the first of several dimensions is that of a single one."""
+        return len(self.lengths) > 0 and self.lengths[0] > 1
 
     def by_row(self, tensor: Tensor) -> Tensor:
         """(*shape of the result) -> (rows, everything else)."""
@@ -115,7 +122,8 @@ class _Recorder(TorchFunctionMode):
         met = [owner for owner, count in zip(owners, before, strict=True) if len(owner.variable.linear_uses) > count]
         if not met or not isinstance(out, Tensor) or isinstance(out, Undrawn):
             return out
-        use = _Use([owner.variable.name for owner in met], _rows(func, args, kwargs, out), torch.zeros_like(out))
+        names, is_shared = [owner.variable.name for owner in met], func not in (F.embedding, F.embedding_bag)
+        use = _Use(names, _rows(func, args, kwargs, out), torch.zeros_like(out), is_shared)
         moved = self.moved.get(len(self.uses))
         if moved is not None:
             use.added = self._move(use, moved, out.detach())
@@ -173,8 +181,7 @@ class _Run:
 
     def is_all(self, use: int, reached: list[Tensor]) -> bool:
         """Whether all rows of one use, of several, are reached."""
-        relevant = self.relevant[use]
-        return int(relevant.sum()) > 1 and not bool((relevant & ~reached[use]).any())
+        return not bool((self.relevant[use] & ~reached[use]).any())
 
 
 def _changed(before: Tensor, after: Tensor) -> Tensor:
@@ -216,19 +223,21 @@ def _run(model: Callable[[], Any], moved: Moved, by_site: int | None = None) -> 
         return _Run(uses, [use.by_row(part) for use, part in zip(uses, total, strict=True)], own)
 
 
-def _reach(model: Callable[[], Any], first: _Run, start: int, *, alone: bool) -> tuple[list[Tensor], bool]:
-    """The rows, by use, that depend on the first row of the use ``start``, on those that do, and so on.
+def _reach(model: Callable[[], Any], first: _Run, starts: Collection[int]) -> tuple[list[Tensor], bool]:
+    """The rows, by use, that depend on the first row of each of the uses ``starts``, on those that do, and so on.
 
-    :param alone: move rows of the use ``start`` only.
+    Only rows of these uses are moved.
+
     :returns: the rows, and whether there may be more of them.
     """
     reached = [torch.zeros_like(rows) for rows in first.relevant]
-    reached[start][int(first.relevant[start].to(torch.uint8).argmax())] = True
+    for start in starts:
+        reached[start][int(first.relevant[start].to(torch.uint8).argmax())] = True
     for _ in range(_MOVES):
-        run = _run(model, {start: reached[start]} if alone else dict(enumerate(reached)))
-        before = sum(int(rows.sum()) for rows in reached)
+        run = _run(model, {start: reached[start] for start in starts})
+        before = sum(int(reached[start].sum()) for start in starts)
         reached = [rows | more for rows, more in zip(reached, first.changed(run), strict=True)]
-        if first.is_all(start, reached) or sum(int(rows.sum()) for rows in reached) == before:
+        if sum(int(reached[start].sum()) for start in starts) == before:
             return reached, False
     return reached, True
 
@@ -267,28 +276,25 @@ def _joining_sites(model: Callable[[], Any], known: _Run, at: int, *, whole: boo
 def taken_together(model: Callable[[], Any]) -> tuple[str, list[str]] | None:
     """The site that takes all data points together, and the weights that meet them; None where there is none.
 
-    Runs the model three times, and more often where one data point has many rows or there is such a site.
+    Runs the model twice, and a few times more where one data point has many rows or there is such a site.
 
     :param model: runs the model with undrawn weights.
     """
     first = _run(model, {})
-    seen: set[int] = set()
-    for start, relevant in enumerate(first.relevant):
-        lengths = first.uses[start].lengths
-        if start in seen or not lengths or lengths[0] < 2 or int(relevant.sum()) < 2:
+    watched = [at for at, use in enumerate(first.uses) if use.has_data and int(first.relevant[at].sum()) > 1]
+    starts = [at for at in watched if first.uses[at].is_shared]
+    if not starts:
+        return None
+    # All uses at once, as in most models no data point reaches another so; then each by itself, since two factors may
+    # share a row of one weight where neither has two rows of another (a matrix of users and items).
+    reached, is_open = _reach(model, first, starts)
+    for at in starts:
+        whole = first.is_all(at, reached) and first.is_all(at, _reach(model, first, [at])[0])
+        if not whole and not (is_open and int(reached[at].sum()) > _MOVES):
             continue
-        # All uses at once, as in most models no data point reaches another so; then each by itself, since two factors
-        # may share a row of one weight where neither has two rows of another (a matrix of users and items).
-        reached, is_open = _reach(model, first, start, alone=False)
-        touched = [at for at, rows in enumerate(reached) if len(rows) > 1 and bool(rows.any())]
-        seen.update(touched)
-        for at in touched:
-            whole = first.is_all(at, reached) and first.is_all(at, _reach(model, first, at, alone=True)[0])
-            if not whole and not (is_open and at == start):
-                continue
-            if sites := _joining_sites(model, first, at, whole=whole):
-                names = (name for use in touched for name in first.uses[use].weights)
-                return sites[0], list(dict.fromkeys(names))
+        if sites := _joining_sites(model, first, at, whole=whole):
+            met = [first.uses[use] for use in watched if first.is_all(use, reached) or int(reached[use].sum()) > _MOVES]
+            return sites[0], list(dict.fromkeys(name for use in met for name in use.weights))
     return None
 
 

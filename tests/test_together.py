@@ -219,6 +219,11 @@ def test_the_remedy_is_named_and_helps() -> None:
     assert not warnings_of(TOGETHER["correlated noise"](), draw=names, strict=True)
 
 
+def test_embeddings_are_named_with_the_others() -> None:
+    (found,) = warnings_of(TOGETHER["tokens"]())
+    assert "draw=['0.weight', '2.weight']" in found
+
+
 def test_what_is_drawn_already_is_not_named() -> None:
     (found,) = warnings_of(TOGETHER["correlated noise"](), draw=["0.weight"])
     assert "draw=['2.weight']" in found
@@ -299,6 +304,29 @@ def own_random_numbers() -> Model:
     return model
 
 
+class Positions(nn.Module):
+    """Attention to which each position adds a vector of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position, self.attention = nn.Embedding(5, D), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.attention(x + self.position(torch.arange(x.shape[1]))).mean(1)
+        return mixed
+
+
+def embedded_positions() -> Model:
+    net = vdo.to_bayesian(Positions(), vdo.LogUniform())
+    return of_network(net, single, Y[:4], torch.randn(4, 5, D, generator=torch.Generator().manual_seed(1)))
+
+
+def grid_and_data() -> Model:
+    """Values on a grid: a network of the data times one of the grid."""
+    branch, trunk = network(nn.Linear(D, 4)), vdo.to_bayesian(nn.Linear(2, 4), vdo.LogUniform(), name="trunk")
+    return of_network(lambda x: branch(x) @ torch.tanh(trunk(FACTOR[:7])).T, single, Y[:, None].expand(N, 7))
+
+
 def one_sequence_pooled() -> Model:
     return of_network(network(nn.Linear(D, 4)), lambda h: dist.Categorical(logits=h.mean(0)), torch.tensor(1))
 
@@ -323,6 +351,8 @@ ONE_BY_ONE: dict[str, Callable[[], Model]] = {
     "tokens": lambda: tokens(single),
     "layers of normalisation": lambda: of_network(network(*copy.deepcopy(NORMALISED), nn.Flatten(0)), single),
     "users and items": users_and_items,
+    "embedded positions": embedded_positions,
+    "grid and data": grid_and_data,
     "group predictors": lambda: of_vector(lambda w: (SMOOTH @ w)[torch.arange(N) % 4], 2, joint=False),
     "x @ w": lambda: of_vector(lambda w: X @ w, joint=False),
     "random numbers of its own": own_random_numbers,
