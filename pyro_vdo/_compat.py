@@ -10,8 +10,6 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Set
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -38,20 +36,6 @@ Value = TypeVar("Value")
 # Pyro keys parameters by name in one global store, so that two networks of the same shape would share their
 # biases without a word. A name in the store belongs to one live module; the next module gets a numbered name.
 _OWNERS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
-
-
-#: true while a model runs for its own sake, which the store, and the optimizer, should not notice
-_TRIED: ContextVar[bool] = ContextVar("pyro_vdo_tried", default=False)
-
-
-@contextmanager
-def tried() -> Iterator[None]:
-    """Inside of it parameters are read beside Pyro's store."""
-    token = _TRIED.set(True)
-    try:
-        yield
-    finally:
-        _TRIED.reset(token)
 
 
 #: the parameter that was last put into the store, by name
@@ -117,7 +101,7 @@ class _Unconstrained:
 
 def param_statement(owner: nn.Module, name: str, param: nn.Parameter) -> Tensor:
     """Tell the active Pyro handlers that ``param`` is read, as ``pyro.param`` does, without sharing by name."""
-    if not runtime.am_i_wrapped() or _TRIED.get():
+    if not runtime.am_i_wrapped():
         return param
     claimed = _claim(owner, name, param)
     known = getattr(param, "unconstrained", None)
@@ -374,7 +358,7 @@ def predictions_are_made() -> bool:
 
 
 def sites_are_learned() -> bool:
-    """True inside of the first pass of a guide, which only tells it the sites of the model."""
+    """True where the model runs for a guide to learn of it, which is no step."""
     return _is_called_by(SETTING_UP)
 
 
@@ -392,11 +376,6 @@ def data_plates(*, particles: bool = False) -> list[Any]:
 def is_transforming() -> bool:
     """True inside of a ``torch.func`` transform (``vmap``, ``grad``, ...)."""
     return bool(torch._C._are_functorch_transforms_active())
-
-
-def cannot_be_tried() -> bool:
-    """True where a run of the model for its own sake has no gradients, or would become a part of a trace."""
-    return is_tracing() or is_transforming() or torch.is_inference_mode_enabled()
 
 
 def compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:

@@ -24,9 +24,9 @@ from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.pruning import Prunable
 from pyro_vdo.sharing import share_sums
 from pyro_vdo.site_posterior import SitePosterior, is_real, registered_posterior
-from pyro_vdo.together import taken_together
+from pyro_vdo.together import may_be_joint, taken_together
 from pyro_vdo.undrawn import Undrawn
-from pyro_vdo.variables import ReusePolicy
+from pyro_vdo.variables import ReuseError, ReusePolicy
 
 
 def parts_with(attribute: str, guide: Any) -> list[Any]:
@@ -87,7 +87,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         self.draw = frozenset(draw)
         self.policy = ReusePolicy(strict=strict)
         self.sites = _Branch()
-        self._together_is_known = False
+        self._joint_sites: list[str] = []  # not yet tried
 
     # ----------------------------------------------------------------- setup
 
@@ -106,6 +106,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_empty(args, kwargs)
+        self._joint_sites = []
         try:
             with torch.inference_mode(False):  # or the parameters could not be trained later
                 with torch.no_grad():
@@ -116,6 +117,11 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             if isinstance(error, ValueError):
                 self._initial.explain(error)
             raise
+
+    def _prototype_hide_fn(self, message: Any) -> bool:
+        if may_be_joint(message):
+            self._joint_sites.append(message["name"])
+        return bool(super()._prototype_hide_fn(message))
 
     def _setup_sites(self) -> None:
         assert self.prototype_trace is not None
@@ -200,7 +206,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         self.setup(*args, **kwargs)
         undrawn = self.training and handlers.local_reparameterization_enabled()
         undrawn = undrawn and not _compat.joint_samples_are_needed()
-        if undrawn and not self._together_is_known:
+        if undrawn and self._joint_sites:
             self._report_together(args, kwargs)
         plates = self._create_plates(*args, **kwargs)
         result = {}
@@ -216,25 +222,30 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         return result
 
     def _report_together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Say so, in the first pass with undrawn weights, if the likelihood takes the data points together."""
-        if _compat.cannot_be_tried() or _compat.predictions_are_made():
+        """Say so, in the first pass with undrawn weights, if a site takes all data points together."""
+        if _compat.predictions_are_made() or torch.is_inference_mode_enabled():  # no training
             return
-        self._together_is_known = True
+        if _compat.is_tracing() or _compat.is_transforming():
+            return
+        names, self._joint_sites = self._joint_sites, []
 
         def run() -> None:
             with poutine.block():
-                self._initial.instead = self.forward(*args, **kwargs)
+                self._initial.given = self.forward(*args, **kwargs)
             self.model(*args, **kwargs)
 
-        policy, self.policy = self.policy, ReusePolicy(silent=True)
         try:
-            found = taken_together(run)
-        except Exception:  # the pass that follows fails for the same reason, and says so
-            found = None
+            found = taken_together(run, names)
+        except ReuseError:
+            raise
+        except Exception as error:
+            self.policy.report_untried(names, error)
+            return
         finally:
-            self.policy, self._initial.instead = policy, {}
+            self._initial.given = {}
         if found is not None:
-            policy.report_together(*found)
+            self._joint_sites = names if self.policy.strict else []  # an error comes again
+            self.policy.report_together(*found)
 
     def _sample_site(self, name: str, site: Any, undrawn: bool) -> Tensor:
         q, event_dim = self._posterior(name, site), site["infer"]["vdo_event_dim"]

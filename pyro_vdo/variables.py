@@ -32,12 +32,10 @@ class ReusePolicy:
     """What to do when a weight meets a data point twice: warn once for each site, or raise.
 
     :param strict: raise :class:`ReuseError` instead of warning.
-    :param silent: neither.
     """
 
     strict: bool = False
     warned: set[str] = field(default_factory=set)
-    silent: bool = False
 
     def report(self, name: str, what: str) -> None:
         """Warn once for the site ``name``, or raise."""
@@ -56,10 +54,20 @@ class ReusePolicy:
             f"all. Write AutoFactorizedNormal(model, draw={weights}) to draw them once per pass.",
         )
 
+    def report_untried(self, names: list[str], error: Exception) -> None:
+        """Warn that it is not known whether one of the sites ``names`` takes all data points together."""
+        sites = " or ".join(f"'{name}'" for name in names[:3])
+        warnings.warn(
+            f"it could not be tried whether site {sites} takes all data points together ({type(error).__name__}: "
+            f"{error}). If it does, list the weights that it sees in AutoFactorizedNormal(model, draw=[...]).",
+            ReuseWarning,
+            stacklevel=2,
+        )
+
     def _say(self, name: str, message: str) -> None:
         if self.strict:
             raise ReuseError(message)
-        if name not in self.warned and not self.silent:
+        if name not in self.warned:
             self.warned.add(name)
             warnings.warn(message, ReuseWarning, stacklevel=3)
 
