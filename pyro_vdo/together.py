@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_vdo import _compat
 from pyro_vdo.initial import base_prior
+from pyro_vdo.local_reparam import matmul
 from pyro_vdo.rules.convolution import convolution
 from pyro_vdo.undrawn import Undrawn
 from pyro_vdo.weights import GaussianWeight
@@ -72,12 +73,13 @@ _Seen = dict[int, tuple[_Use, Tensor]]
 
 
 def _rows(owner: Undrawn, func: Any, args: tuple[Any, ...], out: Tensor) -> tuple[int, ...]:
-    dims = tuple(range(out.dim()))
-    if not isinstance(owner, GaussianWeight) or GaussianWeight.rules.get(func) is convolution:
+    """The dimensions of the result that are data, in which one weight is met again and again."""
+    dims, rule = tuple(range(out.dim())), GaussianWeight.rules.get(func)
+    if not isinstance(owner, GaussianWeight) or rule is convolution:
         return dims[:1] if out.dim() >= owner.dim() else ()
     if owner.dim() == 1 and out.dim() == 1:  # x @ w
         return dims
-    if isinstance(args[0], Undrawn) and func is not Tensor.__rmatmul__:  # w @ x
+    if rule is matmul and args and isinstance(args[0], Undrawn) and func is not Tensor.__rmatmul__:  # w @ x
         return dims[1:][-1:]
     return dims[:-1]
 
@@ -113,7 +115,7 @@ class _Recorder(TorchFunctionMode):
 def _step(out: Tensor, dim: int) -> Tensor:
     """What moves the first half of ``out`` by about its size; not by a constant, which a LayerNorm would take out."""
     step = 1 + torch.arange(out.numel(), device=out.device).sin().reshape(out.shape) / 2
-    step = step * (1 + out.square().mean().sqrt())
+    step = step * (1 + out.float().square().mean().sqrt())
     half = (out.shape[dim] + 1) // 2
     step.narrow(dim, half, out.shape[dim] - half).zero_()
     return step.to(out.dtype)

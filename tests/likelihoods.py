@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor, nn
 
@@ -214,6 +215,7 @@ TOGETHER: dict[str, Callable[[], Model]] = {
     "x @ w": lambda: of_vector(lambda w: X @ w),
     "w @ x": lambda: of_vector(lambda w: w @ X.T),
     "matrix on the left": lambda: of_vector(lambda w: (w.unsqueeze(0) @ X.T).squeeze(0)),
+    "by keyword": lambda: of_vector(lambda w: F.linear(input=X, weight=w)),
     "einsum": lambda: of_vector(lambda w: torch.einsum("ni,i->n", X, w)),
     "addmm": lambda: of_vector(lambda w: torch.addmm(torch.zeros(1), X, w.unsqueeze(1)).squeeze(1)),
     "attention": lambda: attention(4, 5, joint=True),
