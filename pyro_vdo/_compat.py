@@ -308,7 +308,7 @@ def only_structure_is_asked() -> bool:
     initializing = False
     while frame is not None:
         initializing |= frame.f_code is _INIT_TO_SAMPLE
-        if frame.f_code is _SETUP:
+        if frame.f_code in SETTING_UP:
             return True
         if frame.f_code in _STRUCTURE:
             return initializing
@@ -316,7 +316,8 @@ def only_structure_is_asked() -> bool:
     return False
 
 
-_SETUP = pyro.infer.autoguide.AutoGuide._setup_prototype.__code__
+#: code that runs the model to learn of it, beside Pyro's own
+SETTING_UP: set[Any] = {pyro.infer.autoguide.AutoGuide._setup_prototype.__code__}
 _INIT_TO_SAMPLE = pyro.infer.autoguide.initialization.init_to_sample.__code__
 
 #: code that makes predictions, beside Pyro's own
@@ -361,8 +362,8 @@ def predictions_are_made() -> bool:
 
 
 def sites_are_learned() -> bool:
-    """True inside of the first pass of a guide, which only tells it the sites of the model."""
-    return _is_called_by({_SETUP})
+    """True where the model runs for a guide to learn of it, which is no step."""
+    return _is_called_by(SETTING_UP)
 
 
 def particle_sizes() -> list[int]:

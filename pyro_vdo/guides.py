@@ -24,8 +24,9 @@ from pyro_vdo.posteriors import FactorizedNormal
 from pyro_vdo.pruning import Prunable
 from pyro_vdo.sharing import share_sums
 from pyro_vdo.site_posterior import SitePosterior, is_real, registered_posterior
+from pyro_vdo.together import may_be_joint, taken_together
 from pyro_vdo.undrawn import Undrawn
-from pyro_vdo.variables import ReusePolicy
+from pyro_vdo.variables import ReuseError, ReusePolicy
 
 
 def parts_with(attribute: str, guide: Any) -> list[Any]:
@@ -58,7 +59,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
     :param init_loc_fn: initial means, a Pyro init function; by default the network's own weights.
     :param init_scale: initial standard deviation in unconstrained space: a number, or a function of the initial mean.
     :param draw: names of sites that are drawn once per pass (tied layers, recurrent steps).
-    :param strict: raise :class:`ReuseError` where one weight would be treated as two, instead of warning.
+    :param strict: raise :class:`ReuseError` where one weight would be treated as two, or where a site takes all data
+        points together, instead of warning.
     :param create_plates: as in Pyro's guides.
     :raises ValueError: for a scale that is not positive; at the first call, for names in ``draw`` that are no sites.
     """
@@ -85,6 +87,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         self.draw = frozenset(draw)
         self.policy = ReusePolicy(strict=strict)
         self.sites = _Branch()
+        self._joint_sites: list[str] = []  # not yet tried
 
     # ----------------------------------------------------------------- setup
 
@@ -103,6 +106,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_empty(args, kwargs)
+        self._joint_sites = []
         try:
             with torch.inference_mode(False):  # or the parameters could not be trained later
                 with torch.no_grad():
@@ -119,6 +123,11 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
                     *error.args[1:],
                 )
             raise
+
+    def _prototype_hide_fn(self, message: Any) -> bool:
+        if may_be_joint(message):
+            self._joint_sites.append(message["name"])
+        return bool(super()._prototype_hide_fn(message))
 
     def _setup_sites(self) -> None:
         assert self.prototype_trace is not None
@@ -201,9 +210,11 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         """
         self._refuse_empty(args, kwargs)
         self.setup(*args, **kwargs)
-        plates = self._create_plates(*args, **kwargs)
         undrawn = self.training and handlers.local_reparameterization_enabled()
         undrawn = undrawn and not _compat.joint_samples_are_needed()
+        if undrawn and self._joint_sites:
+            self._report_together(args, kwargs)
+        plates = self._create_plates(*args, **kwargs)
         result = {}
         for name, site in self._require_setup():
             with ExitStack() as stack:
@@ -215,6 +226,32 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         if undrawn:
             share_sums((result[name], base_prior(site["fn"])) for name, site in self._require_setup())
         return result
+
+    def _report_together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Say so, in the first pass with undrawn weights, if a site takes all data points together."""
+        if _compat.predictions_are_made() or torch.is_inference_mode_enabled():  # no training
+            return
+        if _compat.is_tracing() or _compat.is_transforming():
+            return
+        names, self._joint_sites = self._joint_sites, []
+
+        def run() -> None:
+            with poutine.block():
+                self._initial.given = self.forward(*args, **kwargs)
+            self.model(*args, **kwargs)
+
+        try:
+            found = taken_together(run, names)
+        except ReuseError:
+            raise
+        except Exception as error:
+            self.policy.report_untried(names, error)
+            return
+        finally:
+            self._initial.given = {}
+        if found is not None:
+            self._joint_sites = names if self.policy.strict else []  # an error comes again
+            self.policy.report_together(*found)
 
     def _sample_site(self, name: str, site: Any, undrawn: bool) -> Tensor:
         q, event_dim = self._posterior(name, site), site["infer"]["vdo_event_dim"]

@@ -82,8 +82,12 @@ class InitialValues:
     def __init__(self, init: Init) -> None:
         self.init = init
         self.largest = ("", 0.0)
+        #: values by site name, in place of initial ones
+        self.given: dict[str, Tensor] = {}
 
     def __call__(self, site: Any) -> Any:
+        if site["name"] in self.given:
+            return self.given[site["name"]]
         value, name = self.init(site), site["name"]
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             size, limit = float(value.detach().abs().max()), largest(value.dtype)

@@ -21,11 +21,11 @@ Places = tuple[Callable[[Tensor], Tensor], ...]
 
 
 class ReuseError(RuntimeError):
-    """One weight was used in two ways that would treat it as two variables (strict mode)."""
+    """One weight was used in ways that would treat it as several variables (strict mode)."""
 
 
 class ReuseWarning(UserWarning):
-    """One weight was used in two ways that treat it as two variables."""
+    """One weight was used in ways that treat it as several variables."""
 
 
 @dataclass
@@ -44,11 +44,33 @@ class ReusePolicy:
             f"weight '{name}' {what} in one pass. Local reparameterization would treat this one weight as two "
             f"independent ones. Write AutoFactorizedNormal(model, draw=[{name!r}]) to draw it once per pass."
         )
+        self._say(name, message)
+
+    def report_together(self, name: str, weights: list[str]) -> None:
+        """Warn once that the site ``name`` takes together the data points that ``weights`` meet, or raise."""
+        self._say(
+            name,
+            f"site '{name}' takes all data points together: its density is no product of one factor for each. Local "
+            "reparameterization gives each data point noise of its own, where one draw of the weights has to serve "
+            f"all. Write AutoFactorizedNormal(model, draw={weights}) to draw them once per pass.",
+        )
+
+    def report_untried(self, names: list[str], error: Exception) -> None:
+        """Warn that it is not known whether one of the sites ``names`` takes all data points together."""
+        sites = " or ".join(f"'{name}'" for name in names[:3])
+        warnings.warn(
+            f"it could not be tried whether site {sites} takes all data points together ({type(error).__name__}: "
+            f"{error}). If it does, list the weights that it sees in AutoFactorizedNormal(model, draw=[...]).",
+            ReuseWarning,
+            stacklevel=2,
+        )
+
+    def _say(self, name: str, message: str) -> None:
         if self.strict:
             raise ReuseError(message)
         if name not in self.warned:
             self.warned.add(name)
-            warnings.warn(message, ReuseWarning, stacklevel=2)
+            warnings.warn(message, ReuseWarning, stacklevel=3)
 
 
 @dataclass
