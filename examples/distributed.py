@@ -8,6 +8,7 @@ Runs on CPUs (gloo); with GPUs choose "nccl" and move network, guide and data to
 from __future__ import annotations
 
 import argparse
+import os
 
 import pyro
 import pyro.distributions as dist
@@ -31,10 +32,12 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=50, help="of each process")
     arguments = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun --nproc-per-node 2 examples/distributed.py")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     distributed.seed_rank(0)

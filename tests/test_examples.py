@@ -242,6 +242,15 @@ def test_recipes_in_the_folder_are_read() -> None:
         assert program.parse(["--recipe", path.stem]).recipe["label"] == path.stem
 
 
+def test_data_parallel_training_without_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit):
+        importlib.import_module("distributed").main()
+    assert "torchrun --nproc-per-node 2 examples/distributed.py" in capsys.readouterr().err
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digits = importlib.import_module("digits")
     sparse = digits.main(["--output", str(tmp_path), "--epochs", "4", "--quiet"])
