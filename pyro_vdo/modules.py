@@ -64,9 +64,9 @@ def to_bayesian(
         layers, no frozen or parametrized weights; of attention ``out_proj`` alone, so name its ``in_proj_weight``).
     :param name: prefix of the site names, needed where one model calls several networks.
     :raises TypeError: if ``net`` is no module, ``prior`` no distribution, or ``where`` neither names nor a function.
-    :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights), compiled
-        modules, weights that a hook computes, unknown names, or a network without any weight to convert. ``net``
-        itself is left as it is.
+    :raises ValueError: for weights that cannot be converted (recurrent layers, tied or integer weights, those
+        that a hook computes, directions of ``weight_norm``), compiled and scripted modules, unknown names, or a
+        network without any weight to convert. ``net`` itself is left as it is.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"to_bayesian: net must be a torch.nn.Module, not {type(net).__name__}")

@@ -21,11 +21,11 @@ Places = tuple[Callable[[Tensor], Tensor], ...]
 
 
 class ReuseError(RuntimeError):
-    """One weight was used in ways that would treat it as several variables (strict mode)."""
+    """A weight would be treated as several variables, or a site takes all data points together (strict mode)."""
 
 
 class ReuseWarning(UserWarning):
-    """One weight was used in ways that treat it as several variables."""
+    """A weight is treated as several variables, or a site takes all data points together."""
 
 
 @dataclass
