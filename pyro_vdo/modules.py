@@ -369,8 +369,8 @@ def _align_particles(value: Tensor, event_dim: int) -> Tensor:
     return value
 
 
-#: normalisation layer -> number of dimensions of its input, without positions where these are optional
-_NORM_LAYERS: dict[type[nn.Module], int] = {
+#: layer that knows dimensions by their place -> how many its input has, without positions where these are optional
+_PLACED_LAYERS: dict[type[nn.Module], int] = {
     nn.BatchNorm1d: 2,
     nn.BatchNorm2d: 4,
     nn.BatchNorm3d: 5,
@@ -379,21 +379,27 @@ _NORM_LAYERS: dict[type[nn.Module], int] = {
     nn.InstanceNorm2d: 4,
     nn.InstanceNorm3d: 5,
     nn.GroupNorm: 2,
+    **{
+        getattr(nn, f"{kind}Pool{n}d"): n + 2
+        for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg")
+        for n in (1, 2, 3)
+    },
 }
 
 
-class BayesianNorm(BayesianModule):
-    """Mixin of normalisation layers, which know dimensions by their place and remember the data that they see."""
+class PlacedModule(BayesianModule):
+    """Mixin of layers that know dimensions by their place: pooling, and norms, which remember their data."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own, where that is right; see the messages."""
+        x = (*args, *kwargs.values())[0]
         kind = plain_class(type(self)).__name__
         sizes = _compat.particle_sizes()
-        usual = next((dim for layer, dim in _NORM_LAYERS.items() if isinstance(self, layer)), x.dim())
+        usual = next((dim for layer, dim in _PLACED_LAYERS.items() if isinstance(self, layer)), x.dim())
         if sizes and x.dim() > usual and x.shape[0] in sizes:
             raise ValueError(
                 f"{kind} '{self._pyro_name}' got input of shape {tuple(x.shape)}, whose first dimension holds "
-                f"{x.shape[0]} samples of the weights: it would take them for data points. Draw one after another: "
+                f"{x.shape[0]} samples of the weights, where it expects data points. Draw one after another: "
                 "Predictive(..., parallel=False), Trace_ELBO(vectorize_particles=False)."
             )
         learns = self.training and getattr(self, "track_running_stats", False)
@@ -407,10 +413,10 @@ class BayesianNorm(BayesianModule):
                 UserWarning,
                 stacklevel=2,
             )
-        result = super().forward(x, *args, **kwargs)
+        result = super().forward(*args, **kwargs)
         for buffer, value in found:
             buffer.copy_(value)
-        return result  # type: ignore[no-any-return]
+        return result
 
 
 class PaddedEmbedding(nn.Embedding):
@@ -449,7 +455,7 @@ def _bayesian_class(kind: type[nn.Module]) -> type[nn.Module]:
         return kind
     if kind not in _CLASSES:
         plain = plain_class(kind)
-        mixin = BayesianNorm if issubclass(kind, tuple(_NORM_LAYERS)) else BayesianModule
+        mixin = PlacedModule if issubclass(kind, tuple(_PLACED_LAYERS)) else BayesianModule
         last = (PaddedEmbedding,) if issubclass(kind, nn.Embedding) else ()  # below a forward of the user's
         mixed = type(kind.__name__, (mixin, kind, *last), {"__reduce__": _reduce, "_vdo_plain": plain})
         _CLASSES[kind] = mixed

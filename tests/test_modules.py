@@ -225,6 +225,29 @@ def test_the_padding_row_of_an_embedding_is_a_constant(kind: Any, guide_kind: An
 # --------------------------------------------------------------------------- refusals
 
 
+def test_pooling_refuses_samples_of_the_weights_on_the_left() -> None:
+    layers = (nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.Flatten(-3), nn.Linear(27, 2))
+    net, images = vdo.to_bayesian(nn.Sequential(*layers), vdo.LogUniform()), torch.rand(5, 1, 8, 8)
+
+    def model(x: Tensor) -> None:
+        logits = net(x)
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Categorical(logits=logits))
+
+    guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"])).setup(images)
+    assert Predictive(model, guide=guide, num_samples=4)(images)["y"].shape == (4, 5)
+    for predict in (Predictive(model, guide=guide, num_samples=4, parallel=True), vdo.LocalPredictive(model, guide, 4)):
+        with pytest.raises(ValueError, match=r"MaxPool2d '1' .* 4 samples of the weights.* Draw one after another"):
+            predict(images)
+
+
+def test_norms_and_pooling_take_their_input_by_keyword() -> None:
+    net = vdo.to_bayesian(nn.ModuleList([nn.BatchNorm1d(3), nn.AvgPool1d(2), nn.Linear(3, 1)]), vdo.LogUniform())
+    x = torch.rand(4, 3, 6)
+    assert torch.equal(net[0](input=x), F.batch_norm(x, None, None, training=True))
+    assert torch.equal(net[1](input=x), F.avg_pool1d(x, 2))
+
+
 def tied() -> nn.Module:
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     net[2].weight = net[0].weight
