@@ -142,3 +142,10 @@ def test_the_slope_of_the_draw_is_0_where_the_variance_is_0(overwrite: bool) -> 
     torch.testing.assert_close(out, noise * std)
     assert (slope[[0, 4]] == 0).all()
     torch.testing.assert_close(slope[1:4], noise[1:4] / std[1:4])
+
+
+def test_no_images_meet_particles_of_a_weight() -> None:
+    x, loc, log_scale, _ = parameters((3, 4, 7), (6, 4, 3), 6, torch.float32)
+    particles = [p.detach().expand(2, 1, *p.shape).clone() for p in (loc, log_scale)]  # each has its own
+    weight = GaussianWeight(particles[0], log_scale=particles[1], event_dim=3)
+    assert F.conv1d(x[:0], weight).shape == (2, 0, 6, 5)
