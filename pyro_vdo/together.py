@@ -129,7 +129,7 @@ def _run(
     No handler outside of it notices, and all runs have the same random numbers, which are then what they were before.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), poutine.seed(rng_seed=0), torch.enable_grad(), poutine.block():
+    with torch.random.fork_rng(devices), poutine.seed(rng_seed=0), torch.enable_grad(), _compat.unhandled():
         with _Recorder(moved) as recorder:
             trace = poutine.trace(model).get_trace()
         trace.compute_log_prob(lambda name, site: name in names)

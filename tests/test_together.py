@@ -116,8 +116,10 @@ def test_objectives(loss: Any) -> None:
     def joint(f: Tensor) -> Any:
         return dist.MultivariateNormal(f.squeeze(-1), kernel(X))
 
-    assert len(warnings_of(of_network(net, joint), loss)) == 1
+    (found,) = warnings_of(of_network(net, joint), loss)
+    assert found.startswith("site 'y' takes all data points together")
     assert not warnings_of(of_network(net, lambda f: dist.Normal(f.squeeze(-1), 1.0).to_event(1)), loss)
+    assert not warnings_of(classes(6, 6), loss)
 
 
 # --------------------------------------------------------------------------- where and when

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pyro_vdo import _compat
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import draw, draw_with_slope, refuse_second_derivative
 from pyro_vdo.numerics.large import Ledger, is_huge, variance_by_rows
@@ -68,13 +69,13 @@ class _SampleLinear(Function):
     ) -> Tensor:
         mean, var = _linear_moments(x, loc, log_scale, variance, bias)
         out, slope = draw_with_slope(mean, var, shape, overwrite=True)
-        ctx.keep_variance, ctx.ledger = keep_variance, ledger
+        ctx.keep_variance, ctx.ledger, ctx.models = keep_variance, ledger, _compat.guided_models()
         ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        refuse_second_derivative()
+        refuse_second_derivative(ctx.models)
         x, loc, kept, slope = ctx.saved_tensors
         need_x, need_loc, need_log_scale, _, need_bias, *_ = ctx.needs_input_grad
         along_var = grad * slope  # twice: the derivatives of x^2 and exp(2 log_scale) bring the factor 2
