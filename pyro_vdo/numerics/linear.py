@@ -14,7 +14,7 @@ from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import draw, draw_with_slope, refuse_second_derivative
 from pyro_vdo.numerics.large import Ledger, is_huge, variance_by_rows
 from pyro_vdo.numerics.moments import REMEMBERED
-from pyro_vdo.numerics.products import linear, matmul
+from pyro_vdo.numerics.products import as_rows, linear, matmul
 
 
 def _linear_moments(
@@ -89,7 +89,7 @@ class _SampleLinear(Function):
             dx = torch.addcmul(matmul(grad, loc), x, by_var)
         data = x
         if x.dim() != 2:
-            data, grad, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, grad, along_var))
+            data, grad, along_var = map(as_rows, (x, grad, along_var))
         if need_loc:
             dloc = matmul(grad.mT, data)
         if need_log_scale:
