@@ -318,7 +318,10 @@ def only_structure_is_asked() -> bool:
 
 
 #: code that runs the model to learn of it, beside Pyro's own
-SETTING_UP: set[Any] = {pyro.infer.autoguide.AutoGuide._setup_prototype.__code__}
+SETTING_UP: set[Any] = {
+    guide._setup_prototype.__code__
+    for guide in (pyro.infer.autoguide.AutoGuide, pyro.infer.autoguide.AutoDiscreteParallel)
+}
 _INIT_TO_SAMPLE = pyro.infer.autoguide.initialization.init_to_sample.__code__
 
 #: code that makes predictions, beside Pyro's own
