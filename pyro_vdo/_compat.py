@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -317,7 +318,10 @@ def only_structure_is_asked() -> bool:
 
 
 #: code that runs the model to learn of it, beside Pyro's own
-SETTING_UP: set[Any] = {pyro.infer.autoguide.AutoGuide._setup_prototype.__code__}
+SETTING_UP: set[Any] = {
+    guide._setup_prototype.__code__
+    for guide in (pyro.infer.autoguide.AutoGuide, pyro.infer.autoguide.AutoDiscreteParallel)
+}
 _INIT_TO_SAMPLE = pyro.infer.autoguide.initialization.init_to_sample.__code__
 
 #: code that makes predictions, beside Pyro's own
@@ -401,9 +405,20 @@ def derivative_depth() -> int:
     return levels + sum(kind in (kinds.Grad, kinds.Jvp) for kind in _transforms())
 
 
-def guided_model_runs() -> bool:
-    """True while a model runs at the sites that its guide has sampled."""
-    return any(isinstance(handler, ReplayMessenger) for handler in runtime._PYRO_STACK)
+def guided_models() -> int:
+    """The number of models, one inside of the other, that are running at the sites that their guides have sampled."""
+    return sum(isinstance(handler, ReplayMessenger) for handler in runtime._PYRO_STACK)
+
+
+@contextmanager
+def unhandled() -> Iterator[None]:
+    """What runs in this context is seen by no handler outside of it, and sees none."""
+    handlers = runtime._PYRO_STACK[:]
+    runtime._PYRO_STACK.clear()
+    try:
+        yield
+    finally:
+        runtime._PYRO_STACK[:] = handlers
 
 
 def compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 import torch.nn.functional as F
 from pyro import poutine
@@ -121,15 +123,34 @@ def _step(out: Tensor, dim: int) -> Tensor:
     return step.to(out.dtype)
 
 
+@contextmanager
+def _kept_store() -> Iterator[None]:
+    """Pyro's store has no more parameters afterwards."""
+    store = pyro.get_param_store()
+    known = set(store.keys())
+    try:
+        yield
+    finally:
+        for name in set(store.keys()) - known:
+            del store[name]
+
+
 def _run(
     model: Callable[[], Any], names: Collection[str], moved: tuple[int, int] | None = None
 ) -> dict[str, tuple[Any, _Seen]]:
     """The sites ``names`` of one run, and the uses that they see; ``moved`` says which use, and along which dim.
 
-    No handler outside of it notices, and all runs have the same random numbers, which are then what they were before.
+    No handler outside of it notices, all runs have the same random numbers, which are then what they were before, and
+    parameters that begin here do so once more, from the numbers of the user.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), poutine.seed(rng_seed=0), torch.enable_grad(), poutine.block():
+    with (
+        torch.random.fork_rng(devices),
+        poutine.seed(rng_seed=0),
+        _kept_store(),
+        torch.enable_grad(),
+        _compat.unhandled(),
+    ):
         with _Recorder(moved) as recorder:
             trace = poutine.trace(model).get_trace()
         trace.compute_log_prob(lambda name, site: name in names)

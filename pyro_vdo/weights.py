@@ -187,7 +187,7 @@ class GaussianWeight(Undrawn):
             return None
         variance = None
         if self.kept is not None:
-            variance = self.constant_variance * self.kept
+            variance = self.constant_variance * fused.unrepeated(self.kept)
         elif self._constant_variance is not None or not is_huge(loc):
             variance = self.constant_variance
         if variance is not None and variance.shape != loc.shape:

@@ -142,3 +142,25 @@ def test_the_slope_of_the_draw_is_0_where_the_variance_is_0(overwrite: bool) -> 
     torch.testing.assert_close(out, noise * std)
     assert (slope[[0, 4]] == 0).all()
     torch.testing.assert_close(slope[1:4], noise[1:4] / std[1:4])
+
+
+def test_no_images_meet_particles_of_a_weight() -> None:
+    x, loc, log_scale, _ = parameters((3, 4, 7), (6, 4, 3), 6, torch.float32)
+    particles = [p.detach().expand(2, 1, *p.shape).clone() for p in (loc, log_scale)]  # each has its own
+    weight = GaussianWeight(particles[0], log_scale=particles[1], event_dim=3)
+    assert F.conv1d(x[:0], weight).shape == (2, 0, 6, 5)
+
+
+def test_particles_of_a_pruned_weight_share_their_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, loc, log_scale, _ = (p.detach() for p in parameters((5, 4, 9), (6, 4, 3), 6, torch.float64))
+    kept = torch.rand(loc.shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    expanded = [each.expand(3, 1, *loc.shape) for each in (loc * kept, log_scale, kept)]
+    weight = GaussianWeight(expanded[0], log_scale=expanded[1], event_dim=3, kept=expanded[2])
+    met, convolution = [], torch.convolution
+    monkeypatch.setattr(torch, "convolution", lambda x, *a: met.append(x) or convolution(x, *a))
+    images = x.expand(3, *x.shape)
+    out = F.conv1d(images, weight)
+    assert [len(x) for x in met] == [15, 15]
+    mean, std = F.conv1d(x, loc * kept), F.conv1d(x * x, (2 * log_scale).exp() * kept).sqrt()
+    assert ((out - mean) / std).abs().max() < 6
+    assert not torch.equal(out[0], out[1])

@@ -14,8 +14,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuideList, AutoNormal
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -272,6 +272,23 @@ def test_guide_list() -> None:
     assert sum(losses[-5:]) < sum(losses[:5])
     assert isinstance(guide(X, Y)["0.weight"], GaussianWeight)
     assert guide.median(X, Y).keys() == {"0.weight", "2.weight"}
+
+
+def test_guide_list_with_discrete_sites() -> None:
+    run = Setup()
+
+    @config_enumerate
+    def model() -> None:
+        logits = run.net(X)
+        with pyro.plate("data", len(X)):
+            flip = pyro.sample("flip", dist.Bernoulli(0.2))
+            pyro.sample("y", dist.Categorical(logits=logits * (1 - 2 * flip.unsqueeze(-1))), obs=Y)
+
+    guide = AutoGuideList(model)
+    guide.append(vdo.AutoFactorizedNormal(poutine.block(model, hide=["flip"])))
+    guide.append(AutoDiscreteParallel(poutine.block(model, expose=["flip"])))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), TraceEnum_ELBO(max_plate_nesting=1))
+    assert all(math.isfinite(svi.step()) for _ in range(2))
 
 
 def test_train_and_eval() -> None:

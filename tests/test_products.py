@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_vdo import _compat
 from pyro_vdo.numerics import products
+from pyro_vdo.weights import GaussianWeight
 
 LARGE = 170, 160, 155  # 170 * 160 * 155 > 2**22
 has_onednn = pytest.mark.skipif(
@@ -107,3 +108,16 @@ def test_it_is_for_processors_of_amd_with_avx512(monkeypatch, capability: str, v
     finally:
         torch.backends.mkldnn.set_flags(True)
         _compat._onednn_beats_mkl.cache_clear()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 4), (3, 0), (0, 0)])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 5), (2, 0)])
+def test_layers_without_inputs_or_outputs(batch: tuple[int, ...], inputs: int, outputs: int) -> None:
+    x, loc, bias = torch.ones(*batch, inputs), torch.ones(outputs, inputs), torch.ones(outputs)
+    tensors = [tensor.requires_grad_() for tensor in (x, loc, bias)]
+    out = F.linear(x, GaussianWeight(loc, log_scale=torch.zeros(outputs, inputs), event_dim=2), bias)
+    expected = F.linear(x, loc, bias)
+    torch.testing.assert_close(out, expected if inputs == 0 else out)
+    assert out.shape == expected.shape
+    for gradient, tensor in zip(torch.autograd.grad(out.sum(), tensors), tensors, strict=True):
+        assert gradient.shape == tensor.shape

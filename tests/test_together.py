@@ -116,8 +116,10 @@ def test_objectives(loss: Any) -> None:
     def joint(f: Tensor) -> Any:
         return dist.MultivariateNormal(f.squeeze(-1), kernel(X))
 
-    assert len(warnings_of(of_network(net, joint), loss)) == 1
+    (found,) = warnings_of(of_network(net, joint), loss)
+    assert found.startswith("site 'y' takes all data points together")
     assert not warnings_of(of_network(net, lambda f: dist.Normal(f.squeeze(-1), 1.0).to_event(1)), loss)
+    assert not warnings_of(classes(6, 6), loss)
 
 
 # --------------------------------------------------------------------------- where and when
@@ -248,3 +250,22 @@ def test_what_cannot_be_tried_is_said_and_trains() -> None:
     assert found.startswith("it could not be tried whether site 'y' takes all data points together (KeyError: ")
     assert "draw=[...]" in found
     assert len(calls) == 4
+
+
+def test_parameters_that_begin_in_the_check_do_not_depend_on_it() -> None:
+    """The store is often cleared between ``setup`` and training."""
+    starts = []
+    for known in (True, False):
+        model = classes(6, 6)
+
+        def scaled(model: Model = model) -> None:
+            with poutine.scale(scale=pyro.param("scale", lambda: torch.rand(()) + 1)):
+                model()
+
+        guide = vdo.AutoFactorizedNormal(scaled).setup()
+        guide._joint_sites = guide._joint_sites * known
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        Trace_ELBO().loss_and_grads(scaled, guide)
+        starts.append(pyro.param("scale").item())
+    assert starts[0] == starts[1]

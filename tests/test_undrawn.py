@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -247,6 +248,19 @@ def test_second_derivatives_need_a_draw() -> None:
     with pytest.raises(RuntimeError, match=r"no second derivative.*draw="):
         classifier(penalty)()
     assert classifier(penalty, draw=["layer.weight"])() > 0
+
+
+def test_a_model_may_train_another() -> None:
+    inner = classifier(lambda layer, x: layer(x))
+
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        with poutine.block():
+            inner()
+        return layer(x)
+
+    assert classifier(forward)() > 0
+    with pytest.raises(RuntimeError, match=r"derivatives are not those of one weight.*draw="):
+        classifier(lambda layer, x: plain_gradient(layer, forward(nn.Identity(), x)))()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

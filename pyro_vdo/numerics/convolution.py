@@ -59,12 +59,13 @@ class _SampleConvolution(Function):
     ) -> Tensor:
         out, slope = draw_with_slope(*_moments(x, loc, variance, bias, options), overwrite=True)
         ctx.options, ctx.keep_variance, ctx.ledger = options, keep_variance, ledger
+        ctx.models = _compat.guided_models()
         ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        refuse_second_derivative()
+        refuse_second_derivative(ctx.models)
         x, loc, kept, slope = ctx.saved_tensors
         need_x, need_loc, need_log_scale, _, need_bias, *_ = ctx.needs_input_grad
         if grad.stride() != slope.stride():  # a pass over two layouts takes as long as one over each and a copy

@@ -42,16 +42,18 @@ def draw_with_slope(
     return out, noise.div_(std).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def refuse_second_derivative() -> None:
+def refuse_second_derivative(models: int) -> None:
     """For backward passes: gradients are on in them where a derivative of the derivative is wanted.
 
+    :param models: ``guided_models()`` of the forward pass.
     :raises RuntimeError: there, and where a model that is running takes the derivative.
     """
-    if torch.is_grad_enabled() or _compat.guided_model_runs():
+    if torch.is_grad_enabled() or 0 < models <= _compat.guided_models():
         raise RuntimeError(
             "local reparameterization has no second derivative (create_graph=True), and none that the model may take "
             "itself: it draws outputs, whose derivatives are not those of one weight. Draw the weights that the "
-            "gradient goes through: AutoFactorizedNormal(model, draw=[names of the sites])."
+            "gradient goes through: AutoFactorizedNormal(model, draw=[names of the sites]). If this is the gradient "
+            "of the loss, take it after the model, outside of poutine.replay."
         )
 
 
@@ -60,6 +62,7 @@ class _NormalSample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor) -> Tensor:
+        ctx.models = _compat.guided_models()
         if not ctx.needs_input_grad[1]:
             return draw(mean, var.clamp(min=0).sqrt_())
         out, slope = draw_with_slope(mean, var)
@@ -68,7 +71,7 @@ class _NormalSample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        refuse_second_derivative()
+        refuse_second_derivative(ctx.models)
         var_grad = (grad * ctx.saved_tensors[0]).mul_(0.5) if ctx.needs_input_grad[1] else None
         return grad if ctx.needs_input_grad[0] else None, var_grad
 

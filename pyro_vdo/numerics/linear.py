@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pyro_vdo import _compat
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import draw, draw_with_slope, refuse_second_derivative
 from pyro_vdo.numerics.large import Ledger, is_huge, variance_by_rows
 from pyro_vdo.numerics.moments import REMEMBERED
-from pyro_vdo.numerics.products import linear, matmul
+from pyro_vdo.numerics.products import as_rows, linear, matmul
 
 
 def _linear_moments(
@@ -68,13 +69,13 @@ class _SampleLinear(Function):
     ) -> Tensor:
         mean, var = _linear_moments(x, loc, log_scale, variance, bias)
         out, slope = draw_with_slope(mean, var, shape, overwrite=True)
-        ctx.keep_variance, ctx.ledger = keep_variance, ledger
+        ctx.keep_variance, ctx.ledger, ctx.models = keep_variance, ledger, _compat.guided_models()
         ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        refuse_second_derivative()
+        refuse_second_derivative(ctx.models)
         x, loc, kept, slope = ctx.saved_tensors
         need_x, need_loc, need_log_scale, _, need_bias, *_ = ctx.needs_input_grad
         along_var = grad * slope  # twice: the derivatives of x^2 and exp(2 log_scale) bring the factor 2
@@ -88,7 +89,7 @@ class _SampleLinear(Function):
             dx = torch.addcmul(matmul(grad, loc), x, by_var)
         data = x
         if x.dim() != 2:
-            data, grad, along_var = (v.reshape(-1, v.shape[-1]) for v in (x, grad, along_var))
+            data, grad, along_var = map(as_rows, (x, grad, along_var))
         if need_loc:
             dloc = matmul(grad.mT, data)
         if need_log_scale:

@@ -6,6 +6,8 @@ its convolutions, does. There a product takes half the time, with the same float
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +43,11 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(*batch, in) as a matrix, where any of these may be 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear(x, weight, bias)`` without a gradient.
 
@@ -48,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     :param weight: (out, in).
     :param bias: (out,) or None.
     """
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else as_rows(x)
     if not _pays(flat, weight):
         return F.linear(x, weight, bias)
     out = _compat.onednn_linear(flat, weight, bias)

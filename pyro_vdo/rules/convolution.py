@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,8 +83,9 @@ def _over_batches(apply: Callable[[Tensor, Tensor], Tensor], spatial: int) -> Ca
             out = flat.reshape(*x.shape[: -spatial - 1], *flat.shape[1:])
             return out.expand(*batch, *flat.shape[1:])
         xs = x.expand(*batch, *x.shape[-spatial - 1 :])
-        ws = w.expand(*batch[:-1], 1, *w.shape[-event:]).reshape(-1, *w.shape[-event:])
-        parts = xs.reshape(-1, *xs.shape[-spatial - 2 :])
+        count = math.prod(batch[:-1])  # a batch may be empty
+        ws = w.expand(*batch[:-1], 1, *w.shape[-event:]).reshape(count, *w.shape[-event:])
+        parts = xs.reshape(count, *xs.shape[-spatial - 2 :])
         outs = [apply(part, one) for part, one in zip(parts, ws, strict=True)]
         return torch.stack(outs).reshape(*batch, *outs[0].shape[1:])
 
