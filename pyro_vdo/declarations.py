@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers, pyro_modules
 from pyro_vdo.families.hierarchical import HierarchicalNormal
 from pyro_vdo.families.units import UnitNoise
 from pyro_vdo.layout import weight_layout
@@ -40,9 +40,9 @@ class WeightDeclaration:
         self._known: Any = None
 
     def __call__(self, module: Any) -> Any:
-        pretrained = _compat.get_buffer(module, self.attribute)
-        name = _compat.full_name(module, self.attribute)
-        if _compat.is_read_beside_a_call(module):  # Pyro would give a draw of the prior that no guide knows of
+        pretrained = pyro_modules.get_buffer(module, self.attribute)
+        name = pyro_modules.full_name(module, self.attribute)
+        if pyro_modules.is_read_beside_a_call(module):  # Pyro would give a draw of the prior that no guide knows of
             raise ValueError(
                 f"weight '{name}' is read in the model beside a call of its network, where it is no site. Read it in "
                 "the forward of the network, or of a PyroModule that has the network as an attribute and is the model."
@@ -75,7 +75,7 @@ class WeightDeclaration:
 
 def _check_plates(name: str) -> None:
     """A network that is called inside of the plate of the data has weights, and a KL, for each data point."""
-    for frame in _compat.data_plates():
+    for frame in callers.data_plates():
         advice = (
             f"Call the network before the plate: logits = net(x); with pyro.plate('{frame.name}', ...): "
             "pyro.sample(..., obs=y)."

@@ -12,16 +12,16 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_vdo import _compat
 from pyro_vdo import relevance as relevance_of
+from pyro_vdo._compat import pyro_modules
 from pyro_vdo.compression.chains import shrink_chain
 from pyro_vdo.compression.compact import as_arguments, compact_module, select_inputs_of
 from pyro_vdo.compression.dependency import ExportError
 from pyro_vdo.compression.sparse_layers import sparsify
+from pyro_vdo.converted import bayesian_weights, plain_class, with_padding
 from pyro_vdo.families.hierarchical import PriorScales
 from pyro_vdo.families.units import fold_unit_noise, unit_posteriors, unit_scales
 from pyro_vdo.guides import parts_with
-from pyro_vdo.modules import bayesian_weights, plain_class, with_padding
 
 FORMS = ("masked", "sparse", "compact", "compact+sparse")
 
@@ -158,7 +158,7 @@ def network_sites(net: nn.Module) -> dict[str, str]:
     result, prefix = bayesian_weights(net), f"{net._pyro_name}." if getattr(net, "_pyro_name", "") else ""
     for path, module in net.named_modules():
         if isinstance(module, PyroModule):
-            for attribute in _compat.sampled_names(module):
+            for attribute in pyro_modules.sampled_names(module):
                 local = f"{path}.{attribute}" if path else attribute
                 result.setdefault(local, prefix + local)
     if not result:
@@ -259,9 +259,9 @@ def _make_plain(module: PyroModule, path: str, values: Values) -> None:
             "has no plain class behind it. Write it as a torch.nn.Module and convert it with to_bayesian, then its own "
             "class can be exported."
         )
-    sampled = _compat.sampled_names(module)
-    constrained = {name: getattr(module, name).detach().clone() for name in _compat.constrained_names(module)}
-    for name in _compat.shared_context_fields(module):
+    sampled = pyro_modules.sampled_names(module)
+    constrained = {name: getattr(module, name).detach().clone() for name in pyro_modules.constrained_names(module)}
+    for name in pyro_modules.shared_context_fields(module):
         del module.__dict__[name]
     module.__class__ = plain  # type: ignore[assignment]
     others = {

@@ -17,7 +17,8 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_vdo import _compat, handlers
+from pyro_vdo import handlers
+from pyro_vdo._compat import callers, param_store, tracing
 from pyro_vdo.batches import empty_argument
 from pyro_vdo.initial import Init, InitialValues, base_prior, init_to_pretrained, log_scale_of
 from pyro_vdo.posteriors import FactorizedNormal
@@ -211,7 +212,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         self._refuse_empty(args, kwargs)
         self.setup(*args, **kwargs)
         undrawn = self.training and handlers.local_reparameterization_enabled()
-        undrawn = undrawn and not _compat.joint_samples_are_needed()
+        undrawn = undrawn and not callers.joint_samples_are_needed()
         if undrawn and self._joint_sites:
             self._report_together(args, kwargs)
         plates = self._create_plates(*args, **kwargs)
@@ -229,9 +230,9 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
 
     def _report_together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Say so, in the first pass with undrawn weights, if a site takes all data points together."""
-        if _compat.predictions_are_made() or torch.is_inference_mode_enabled():  # no training
+        if callers.predictions_are_made() or torch.is_inference_mode_enabled():  # no training
             return
-        if _compat.is_tracing() or _compat.is_transforming():
+        if tracing.is_tracing() or tracing.is_transforming():
             return
         names, self._joint_sites = self._joint_sites, []
 
@@ -284,7 +285,7 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
             else:
                 value = getattr(part, attribute)
                 if isinstance(value, nn.Parameter):  # others are fixed
-                    value = _compat.param_statement(part, full_name, value)
+                    value = param_store.param_statement(part, full_name, value)
             if value is None:
                 return None
             if not subsampled:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import tracing
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import sample_normal
@@ -66,7 +66,7 @@ def variance_of(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Ga
 
 def refuse_not_finite(out: Tensor, weight: Any, *xs: Tensor) -> None:
     """Say where nan and inf come from first, while Pyro validates. Not on a GPU, which would wait for each layer."""
-    if out.device.type != "cpu" or not _compat.validation_is_on() or _compat.is_transforming():
+    if out.device.type != "cpu" or not tracing.validation_is_on() or tracing.is_transforming():
         return
     if math.isfinite(out.detach().sum()):
         return

@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers
 from pyro_vdo.numerics.moments import REMEMBERED, Moments
 
 _PLATE = "_pyro_vdo_predictions"
@@ -164,4 +164,4 @@ def _is_in_plates(site: Any, nesting: int) -> bool:
     return fits and all(length == 1 for length in shape[1 : 1 + nesting - _own_dims(site)])
 
 
-_compat.PREDICTING.add(LocalPredictive._traces.__code__)
+callers.PREDICTING.add(LocalPredictive._traces.__code__)

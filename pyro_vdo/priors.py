@@ -12,7 +12,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers, provenances
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.groups import Group, check_group, group_max, group_mean, resolve_group
 from pyro_vdo.layout import WeightLayout
@@ -113,7 +113,7 @@ class WeightPrior(TorchDistribution):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Refused, except where ``Predictive`` or a guide in its setup want the shape: there it is a starting value."""
-        if _compat.only_structure_is_asked():
+        if callers.only_structure_is_asked():
             shape = self._extended_shape(torch.Size(sample_shape))
             return self.initial_value(shape) if self.like is None else self.like.detach().expand(shape).clone()
         self._refuse()
@@ -136,7 +136,7 @@ class WeightEvent(dist.Independent):
             log_prob = value.shared_log_prob_sum(self.base_dist)
             log_prob = self.base_dist.log_prob_sum(value, count) if log_prob is None else log_prob
             if log_prob is not None:
-                return _compat.add_provenance(log_prob, value.provenance)
+                return provenances.add_provenance(log_prob, value.provenance)
         return super().log_prob(value)  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vdo import modules
+from pyro_vdo.converted import bayesian_weights
 from pyro_vdo.guides import parts_with
 from pyro_vdo.layout import WeightLayout, guess_layout, weight_layout
 
@@ -212,7 +212,7 @@ def sparsity_of(
 
 
 def _layouts_of_net(net: nn.Module) -> dict[str, WeightLayout]:
-    sites = modules.bayesian_weights(net)
+    sites = bayesian_weights(net)
     names = {**{name: name for name, _ in net.named_parameters()}, **sites}
     result = {}
     for local, site in names.items():

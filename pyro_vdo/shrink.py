@@ -10,14 +10,15 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import pyro_modules
 from pyro_vdo.compression.compact import compact_module
 from pyro_vdo.compression.dependency import LAYERS, ExportError
 from pyro_vdo.compression.dependency import rows as rows_of
+from pyro_vdo.converted import bayesian_weights
 from pyro_vdo.export import check_known, plain_module
 from pyro_vdo.families.hierarchical import HierarchicalNormal
 from pyro_vdo.initial import log_scale_of
-from pyro_vdo.modules import bayesian_weights, to_bayesian
+from pyro_vdo.modules import to_bayesian
 from pyro_vdo.site_posterior import SitePosterior
 
 
@@ -81,7 +82,7 @@ def shrink(net: PyroModule, guide: Any, example_inputs: Any) -> Smaller:
     for local, prior in priors.items():
         if isinstance(prior, HierarchicalNormal):
             raise ExportError(f"shrink: the scale of the prior of '{local}', {prior}, would start anew")
-    return Smaller(to_bayesian(small, priors, where=list(sites), name=_compat.root_name(net)), values)
+    return Smaller(to_bayesian(small, priors, where=list(sites), name=pyro_modules.root_name(net)), values)
 
 
 def _check_posteriors(sites: Mapping[str, str], guide: Any) -> None:
@@ -151,7 +152,7 @@ def _units(local: str, large: nn.Module, small: nn.Module) -> Tensor:
 
 def _prior(net: PyroModule, local: str) -> Any:
     owner, _, attribute = local.rpartition(".")
-    return _compat.sample_declaration(net.get_submodule(owner), attribute).prior  # type: ignore[arg-type]
+    return pyro_modules.sample_declaration(net.get_submodule(owner), attribute).prior  # type: ignore[arg-type]
 
 
 def _positions(name: str, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import tracing
 from pyro_vdo.log_uniform_fit import (
     LOG_ABS_OFFSET,
     curvature_of_ratio,
@@ -76,7 +76,7 @@ def _compiled_terms(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]
     flat = loc.detach().reshape(-1).contiguous(), scale.detach().reshape(-1).contiguous()
     key = loc.device, loc.dtype, torch.get_num_threads()
     if key not in _compiled:
-        _compiled[key] = _compat.compiled_or_none(_composed_terms, *flat)
+        _compiled[key] = tracing.compiled_or_none(_composed_terms, *flat)
     kernel = _compiled[key]
     if kernel is None:
         return None

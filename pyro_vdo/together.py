@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers
 from pyro_vdo.initial import base_prior
 from pyro_vdo.local_reparam import matmul
 from pyro_vdo.rules.convolution import convolution
@@ -149,7 +149,7 @@ def _run(
         poutine.seed(rng_seed=0),
         _kept_store(),
         torch.enable_grad(),
-        _compat.unhandled(),
+        callers.unhandled(),
     ):
         with _Recorder(moved) as recorder:
             trace = poutine.trace(model).get_trace()
@@ -166,7 +166,7 @@ def _run(
 
 
 # No step: statistics of BatchNorm stay as they are, and sites that are hidden from a guide have initial values.
-_compat.SETTING_UP.add(_run.__code__)
+callers.SETTING_UP.add(_run.__code__)
 
 
 def _is_joined(model: Callable[[], Any], name: str, at: int, use: _Use, before: Tensor) -> bool:

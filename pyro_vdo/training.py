@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import tracing
 from pyro_vdo.loop.history import EarlyStop, History
 from pyro_vdo.loop.optimizers import Options
 from pyro_vdo.loop.resume import Settings
@@ -155,7 +155,7 @@ def _check(settings: Settings, guide: Any) -> None:
             f"fit: prune needs a guide with prune(threshold), not {type(guide).__name__}. If a part of it has one, "
             "write callbacks=[lambda run: part.prune(3.0)] in its place."
         )
-    if _compat.is_compiled(settings.loss) and (settings.prune or _changes(settings.kl_weight, settings.epochs)):
+    if tracing.is_compiled(settings.loss) and (settings.prune or _changes(settings.kl_weight, settings.epochs)):
         raise ValueError(
             f"fit: {type(settings.loss).__name__} compiles the first step and repeats it, so that neither kl_weight "
             "nor prune may change. Use Trace_ELBO()."

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers, provenances, tensor_traits
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.variables import Variable
 
@@ -34,7 +34,7 @@ class Undrawn(Tensor):
     #: the rules that hold inside of a density too: those that draw nothing
     exact: ClassVar[set[Rule]] = set()
     #: functions that only read metadata
-    _passive: ClassVar[frozenset[Any]] = _compat.METADATA
+    _passive: ClassVar[frozenset[Any]] = tensor_traits.METADATA
 
     variable: Variable
     provenance: frozenset[Any]
@@ -51,7 +51,7 @@ class Undrawn(Tensor):
         """The value of this pass: sampled at the first call and remembered."""
         variable = self.variable
         if variable.value is None:
-            if _compat.density_is_asked():  # a sample of its own is right for a density, whatever else used w
+            if callers.density_is_asked():  # a sample of its own is right for a density, whatever else used w
                 if variable.density_value is None:
                     variable.density_value = self.sample()
                 return variable.density_value
@@ -71,7 +71,7 @@ class Undrawn(Tensor):
         if func in cls._passive:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if _compat.changes_in_place(func):
+        if tensor_traits.changes_in_place(func):
             cls._refuse_change(func, args, kwargs)
         owners, nested = [], bool(kwargs)
         for arg in args:
@@ -82,9 +82,9 @@ class Undrawn(Tensor):
         if nested:
             owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
         if any(owner.provenance for owner in owners) or not all(issubclass(kind, Undrawn) for kind in types):
-            (args, kwargs), names = _compat.split_provenance(((*args,), kwargs))
+            (args, kwargs), names = provenances.split_provenance(((*args,), kwargs))
             owners = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Undrawn)]
-            return _compat.add_provenance(_dispatch(func, owners, args, kwargs), names)
+            return provenances.add_provenance(_dispatch(func, owners, args, kwargs), names)
         return _dispatch(func, owners, args, kwargs)
 
     @classmethod
@@ -124,7 +124,7 @@ def _with_provenance(value: Undrawn, names: frozenset[Any]) -> Undrawn:
     return clone
 
 
-_compat.register_provenance(
+provenances.register_provenance(
     Undrawn,
     lambda value, names: _with_provenance(value, value.provenance | names),
     lambda value: (_with_provenance(value, frozenset()), value.provenance),
@@ -141,7 +141,7 @@ def _drawn(leaf: Any) -> Any:
 def _dispatch(func: Any, owners: list[Undrawn], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the rule of the first family that has one for ``func``; draw every weight where none applies."""
     try:
-        in_density = _compat.density_is_asked()
+        in_density = callers.density_is_asked()
         if kwargs.get("out") is None and (in_density or _all_undrawn(owners)):
             for family in dict.fromkeys(type(owner) for owner in owners):
                 rule = family.rules.get(func)
@@ -180,4 +180,4 @@ def expected_log_prob(prior: Distribution, weight: Undrawn) -> Tensor:
     """E log p(w) for w from its own law q: -KL(q || p) + E log q, elementwise; the KL is the registered one."""
     names = weight.provenance
     result = weight.expected_log_law() - kl_divergence(weight.law(), prior)
-    return _compat.add_provenance(result, names)
+    return provenances.add_provenance(result, names)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import tracing
 from pyro_vdo.numerics.shared import SharedSums
 
 #: the views that lead from a variable to a part of it
@@ -91,14 +91,14 @@ class Variable:
     #: sums that it shares with other variables of the pass, and its number among these
     shared: tuple[SharedSums, int] | None = None
     #: the derivatives that were being taken where it was sampled
-    derivative_depth: int = field(default_factory=_compat.derivative_depth)
+    derivative_depth: int = field(default_factory=tracing.derivative_depth)
 
     def refuse_derivative(self) -> None:
         """For linear maps, whose outputs are drawn.
 
         :raises RuntimeError: inside of a derivative that the model takes.
         """
-        if _compat.derivative_depth() > self.derivative_depth:
+        if tracing.derivative_depth() > self.derivative_depth:
             raise RuntimeError(
                 f"weight '{self.name}' is used in a derivative that the model takes (torch.func, forward mode). Local "
                 "reparameterization draws outputs, whose derivatives are not those of one weight. Draw the weights "

@@ -25,7 +25,7 @@ from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers, param_store, tensor_traits
 
 
 def run_guide(steps: int = 1) -> tuple[Any, Any, SVI]:
@@ -91,11 +91,11 @@ def test_parameters_are_read_as_they_are_and_pickled_as_any_other() -> None:
     for back in (copy.copy(loc), copy.deepcopy(loc), pickle.loads(pickle.dumps(loc)), saved_and_loaded([loc])[0]):
         assert type(back) is nn.Parameter
         assert torch.equal(back, loc)
-        assert _compat.param_statement(net, "a copy", back) is back
+        assert param_store.param_statement(net, "a copy", back) is back
         with poutine.trace(param_only=True) as capture:
-            _compat.param_statement(net, "a copy", back)
+            param_store.param_statement(net, "a copy", back)
         assert capture.trace.nodes["a copy"]["value"].unconstrained() is back
-        _compat.take_parameters({id(back)}, ())
+        param_store.take_parameters({id(back)}, ())
 
 
 def saved_and_loaded(values: Any) -> Any:
@@ -138,12 +138,12 @@ class Asking(dist.TorchDistribution):
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
 
     def log_prob(self, value: Tensor) -> Tensor:
-        self.seen = (_compat.density_is_asked(), _compat.normal_density_is_asked())
+        self.seen = (callers.density_is_asked(), callers.normal_density_is_asked())
         return value
 
 
 def test_density_is_asked() -> None:
-    assert not _compat.density_is_asked()
+    assert not callers.density_is_asked()
     asking = Asking(validate_args=False)
     asking.log_prob(torch.zeros(1))
     assert asking.seen == (True, False)
@@ -157,7 +157,7 @@ class Spy(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.pow, Tensor.pow, Tensor.__pow__):
-            Spy.allowed = _compat.normal_density_is_asked()
+            Spy.allowed = callers.normal_density_is_asked()
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
@@ -197,9 +197,9 @@ def test_provenance_of_undrawn_weights() -> None:
 
 def test_names_of_functions_that_change_in_place() -> None:
     for function in (Tensor.add_, Tensor.__iadd__, Tensor.__setitem__, nn.init.normal_, Tensor.zero_):
-        assert _compat.changes_in_place(function), function
+        assert tensor_traits.changes_in_place(function), function
     for function in (Tensor.add, Tensor.__add__, Tensor.__getitem__, F.linear, Tensor.__init__):
-        assert not _compat.changes_in_place(function), function
+        assert not tensor_traits.changes_in_place(function), function
 
 
 def test_importing_has_no_side_effect_on_torch_and_pyro() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import kernels
 from pyro_vdo.numerics import products
 from pyro_vdo.numerics.convolution import Options, sample_convolution
 from pyro_vdo.numerics.draws import draw_with_slope
@@ -82,7 +82,7 @@ def test_images_are_channels_last_inside_where_channels_would_be_padded(monkeypa
     tensors = x, loc, log_scale, bias = parameters((10, 20, 12, 12), (50, 20, 5, 5), 50, torch.float32)
     met, convolution = [], torch.convolution
     monkeypatch.setattr(torch, "convolution", lambda x, *a: met.append(x) or convolution(x, *a))
-    monkeypatch.setattr(_compat, "onednn_blocks_channels", lambda: True)
+    monkeypatch.setattr(kernels, "onednn_blocks_channels", lambda: True)
     out = F.conv2d(x, undrawn(loc, log_scale), bias)
     assert [x.is_contiguous(memory_format=torch.channels_last) for x in met] == [True, True]
     assert out.is_contiguous()  # networks call view() on it
@@ -109,7 +109,7 @@ def test_images_are_channels_last_inside_where_channels_would_be_padded(monkeypa
 def test_only_padded_channels_are_moved(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], weight: tuple[int, ...], expected: bool
 ) -> None:
-    monkeypatch.setattr(_compat, "onednn_blocks_channels", lambda: True)
+    monkeypatch.setattr(kernels, "onednn_blocks_channels", lambda: True)
     x, w = torch.ones(shape), torch.ones(weight)
     assert products.pads_channels(x, w) is expected
     assert not products.pads_channels(x.double(), w.double())

@@ -19,7 +19,8 @@ from pyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, 
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
-from pyro_vdo import _compat, special
+from pyro_vdo import special
+from pyro_vdo._compat import tracing
 from pyro_vdo.compression.sparse_layers import SparseConv2d, SparseLinear, sparsify
 from pyro_vdo.rules.embedding import _numbered
 
@@ -271,7 +272,7 @@ def test_use_compiled_goes_on_where_nothing_can_compile(cuda: PretendedCuda, mon
     def without_compiler(*_: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(_compat, "compile_graph", without_compiler)
+    monkeypatch.setattr(tracing, "compile_graph", without_compiler)
     _, model, guide, args = PROGRAMS["large"].build()
     with vdo.use_compiled():
         step(model, guide, args)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import pyro_vdo as vdo
-from pyro_vdo.modules import LAYERS, bayesian_weights
+from pyro_vdo.converted import bayesian_weights
+from pyro_vdo.modules import LAYERS
 from pyro_vdo.weights import GaussianWeight
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import kernels
 from pyro_vdo.numerics import products
 from pyro_vdo.weights import GaussianWeight
 
@@ -22,14 +22,14 @@ has_onednn = pytest.mark.skipif(
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Size]]:
     """Shapes that oneDNN met, on whatever processor."""
     met = []
-    original = _compat.onednn_linear
+    original = kernels.onednn_linear
 
     def record(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         met.append((x.shape, weight.shape))
         return original(x, weight, bias)
 
-    monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(_compat, "onednn_linear", record)
+    monkeypatch.setattr(kernels, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(kernels, "onednn_linear", record)
     return met
 
 
@@ -100,14 +100,14 @@ def test_it_is_for_processors_of_amd_with_avx512(monkeypatch, capability: str, v
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(Path, "read_text", lambda self: f"vendor_id\t: {vendor}\n")
-    _compat._onednn_beats_mkl.cache_clear()
+    kernels._onednn_beats_mkl.cache_clear()
     try:
-        assert _compat.onednn_is_faster() == (faster and torch.backends.mkldnn.is_available())
+        assert kernels.onednn_is_faster() == (faster and torch.backends.mkldnn.is_available())
         torch.backends.mkldnn.set_flags(False)
-        assert not _compat.onednn_is_faster()
+        assert not kernels.onednn_is_faster()
     finally:
         torch.backends.mkldnn.set_flags(True)
-        _compat._onednn_beats_mkl.cache_clear()
+        kernels._onednn_beats_mkl.cache_clear()
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(0, 4), (3, 0), (0, 0)])

@@ -13,7 +13,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, vmap
 
-from pyro_vdo import _compat, special
+from pyro_vdo import special
+from pyro_vdo._compat import tracing
 from pyro_vdo.log_uniform_fit import curvature_of_ratio, slope_of_ratio
 from pyro_vdo.numerics import sums
 from pyro_vdo.special import (
@@ -247,7 +248,7 @@ def test_traces_without_a_graph_break():
 
 FIRST_COMPILATION = """
 import torch, pyro_vdo
-pyro_vdo._compat.compile_graph = lambda graph, _: torch.compile(graph, backend="aot_eager")
+pyro_vdo._compat.tracing.compile_graph = lambda graph, _: torch.compile(graph, backend="aot_eager")
 loc = torch.randn(2**18, requires_grad=True)
 with pyro_vdo.use_compiled():
     pyro_vdo.special.normal_log_uniform_kl(loc, torch.ones(2**18))
@@ -271,11 +272,11 @@ def test_the_constants_of_a_compiled_kernel_are_not_among_its_arguments(monkeypa
         tensors.append(len(inputs) + sum(node.op == "get_attr" for node in graph.graph.nodes))
         return graph.forward
 
-    monkeypatch.setattr(_compat, "compile_graph", count_tensors)
+    monkeypatch.setattr(tracing, "compile_graph", count_tensors)
     kernels = {sums._kernel_sum: 2, sums._kernel_gradient: 4, special._composed_terms: 2}
     for kernel, count in kernels.items():
         args = [torch.rand(4, 8) + 0.1 for _ in range(count)]
-        compiled = _compat.compiled_or_none(kernel, *args)
+        compiled = tracing.compiled_or_none(kernel, *args)
         for found, expected in zip(flat(compiled(*args)), flat(kernel(*args)), strict=True):
             torch.testing.assert_close(found, expected)
     assert tensors == list(kernels.values())
@@ -298,7 +299,7 @@ def test_use_compiled_compiles_large_tensors_only_and_fails_silently(works, monk
 
         return run
 
-    monkeypatch.setattr(_compat, "compile_graph", fake_compile)
+    monkeypatch.setattr(tracing, "compile_graph", fake_compile)
     monkeypatch.setattr(special, "_compiled", {})
     monkeypatch.setattr(use_compiled, "smallest", 100)
 

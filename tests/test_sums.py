@@ -11,7 +11,8 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 import pyro_vdo as vdo
-from pyro_vdo import _compat, special
+from pyro_vdo import special
+from pyro_vdo._compat import tracing
 from pyro_vdo.numerics import fused, sums
 from pyro_vdo.numerics.sums import log_uniform_sums
 from tests.one_step import loss_and_gradients, program
@@ -38,7 +39,7 @@ def test_fused_and_composed_steps_agree(
     elbo = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
     monkeypatch.setattr(fused, "_LARGE", 1 if large else 2**40)
     # A kernel stands in for its compiled self: what a compiler makes of it is the compiler's matter.
-    monkeypatch.setattr(_compat, "compile_graph", lambda graph, _: graph.forward)
+    monkeypatch.setattr(tracing, "compile_graph", lambda graph, _: graph.forward)
     monkeypatch.setattr(sums, "_compiled", {})
     monkeypatch.setattr(sums, "_SMALLEST_COMPILED", 1)
     with vdo.use_compiled(compiled):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import tracing
 
 aten = torch.ops.aten
 
@@ -163,7 +163,7 @@ def known_inputs(module: nn.Module, layers: Mapping[str, nn.Module], example: tu
 
     def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if _compat.is_mapping():
+            if tracing.is_mapping():
                 raise DataDependentError(f"'{name}' is called inside of torch.vmap, which cannot be followed")
             seen[name].append([*args, *kwargs.values()][0].detach().clone())
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers, tensor_traits
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.local_reparam import (
     Arguments,
@@ -365,7 +365,7 @@ def view(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     shape, inputs = weight.shape, weight.shape[weight.row]
     strides = [int(dim == weight.row) for dim in range(len(shape))]
     mark = apply(torch.empty(inputs, device=weight.device).as_strided(shape, strides))
-    if not isinstance(mark, Tensor) or not _compat.is_view(mark) or mark.numel() > weight.numel():
+    if not isinstance(mark, Tensor) or not tensor_traits.is_view(mark) or mark.numel() > weight.numel():
         return NotImplemented
     rows = [dim for dim, size in enumerate(mark.shape) if size > 1 and mark.stride(dim) != 0]
     if len(rows) != 1 or mark.shape[rows[0]] != inputs or mark.stride(rows[0]) != 1:
@@ -390,7 +390,7 @@ def cast(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
                Tensor.square, family=CorrelatedWeight, exact=True)  # fmt: skip
 def in_density(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     """Inside of ``Normal.log_prob``, whose expectation takes one element at a time, the marginals."""
-    if not _compat.normal_density_is_asked():
+    if not callers.normal_density_is_asked():
         return NotImplemented
     return func(*(arg.marginal() if is_correlated(arg) else arg for arg in args), **kwargs)
 

@@ -11,7 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import param_store, pyro_modules
 from pyro_vdo.groups import Group, group_shape, resolve_group
 from pyro_vdo.layout import weight_layout
 from pyro_vdo.numerics import fused
@@ -110,8 +110,8 @@ class HierarchicalNormal:
         """The prior of one pass, of the shape of the weight (and of the particles of its scale)."""
         scales = module._modules[f"{attribute}_scales"]
         assert isinstance(scales, PriorScales)
-        active = _compat.module_context(module).active  # a layer on its own has no sites
-        scale = scales.draw(_compat.full_name(module, attribute) if active else None, like)
+        active = pyro_modules.module_context(module).active  # a layer on its own has no sites
+        scale = scales.draw(pyro_modules.full_name(module, attribute) if active else None, like)
         return ScaledNormal(scale, batch_shape=torch.broadcast_shapes(scale.shape, like.shape))
 
 
@@ -143,7 +143,7 @@ class PriorScales(nn.Module):
             else:
                 param = self._parameters[str(group)]
                 assert param is not None
-                factor = (param if name is None else _compat.param_statement(self, label, param)).exp()
+                factor = (param if name is None else param_store.param_statement(self, label, param)).exp()
             scale = scale * factor
         return scale
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pyro_vdo.modules import bayesian_weights, padding_row
+from pyro_vdo.converted import bayesian_weights, padding_row
 
 
 def release_pretrained(net: nn.Module) -> None:

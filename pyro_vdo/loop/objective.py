@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers
 from pyro_vdo.undrawn import Undrawn
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -68,7 +68,7 @@ class DataTerm(Messenger):
             self.complete = False
         is_data = msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_subsample(msg)
         if is_data:
-            particles = math.prod(_compat.particle_sizes())
+            particles = math.prod(callers.particle_sizes())
             self._runs[-1].append((msg["fn"], msg["value"], msg["scale"], msg["mask"], particles))
             if isinstance(msg["scale"], (int, float)) and msg["scale"] == 1 and not site_is_factor(msg):
                 self.unscaled.add(msg["name"])

@@ -16,7 +16,7 @@ from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import param_store
 from pyro_vdo.distributed import DistributedOptim
 from pyro_vdo.loop.checkpoint import CheckpointError
 from pyro_vdo.loop.joint_optim import JointOptim, options_of
@@ -217,7 +217,7 @@ class PyroOptimizer:
             if isinstance(self._owner, JointOptim):
                 self._owner.take_in(param)
             else:
-                _compat.take_in(self._owner, param)
+                param_store.take_in(self._owner, param)
         for group in self._groups() if fresh else ():
             base = next((self._base[param] for param in group["params"] if param in self._base), _rate(group))
             self._base.update(dict.fromkeys(group["params"], base))
@@ -264,7 +264,7 @@ class PyroOptimizer:
             raise CheckpointError(f"the learning rate of '{name}' is no number")
         if saved is None:
             return
-        each = _compat.make_optimizer(self._owner, param)
+        each = param_store.make_optimizer(self._owner, param)
         if (before := base.get(name)) is not None:
             _check_rate(before, _rate(getattr(each, "optimizer", each).param_groups[0]))
         if hasattr(each, "optimizer"):  # a scheduler around an optimizer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import tracing
 from pyro_vdo.batches import empty_argument
 from pyro_vdo.families.units import unit_masks
 from pyro_vdo.guides import parts_with
@@ -51,7 +51,7 @@ class Run(Resumable):
         self.optimizer = make_optimizer(settings.optim, settings.lr, settings.param_options)
         self.objects = Objects(model, guide, data, settings.state)
         self._file = None if settings.checkpoint is None else CheckpointFile(settings.checkpoint)
-        self._compiled = _compat.is_compiled(settings.loss)
+        self._compiled = tracing.is_compiled(settings.loss)
         self._recorder = DataTerm()
         self._recorded = model if self._compiled else self._recorder(model)
         self._params: dict[str, Tensor] = {}  # all so far: a step need not use every one

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyro
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import param_store
 from pyro_vdo.loop.reproducible import random_state, seeded_state, set_random_state
 
 
@@ -32,15 +32,15 @@ class Stage:
         self.stream = stream
         self._owned = owned
         self._before = before
-        self._entries: list[_compat.StoreEntry] = []
+        self._entries: list[param_store.StoreEntry] = []
 
     def leave(self) -> None:
         """Take the entries of the run out of the store."""
-        self._entries = _compat.take_parameters(self._owned(), self._before)
+        self._entries = param_store.take_parameters(self._owned(), self._before)
 
     def enter(self) -> None:
         """Put them back."""
-        _compat.put_parameters(self._entries)
+        param_store.put_parameters(self._entries)
 
 
 class Turns:

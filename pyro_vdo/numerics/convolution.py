@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers, kernels
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import draw, draw_with_slope, refuse_second_derivative
 from pyro_vdo.numerics.large import Ledger
@@ -59,7 +59,7 @@ class _SampleConvolution(Function):
     ) -> Tensor:
         out, slope = draw_with_slope(*_moments(x, loc, variance, bias, options), overwrite=True)
         ctx.options, ctx.keep_variance, ctx.ledger = options, keep_variance, ledger
-        ctx.models = _compat.guided_models()
+        ctx.models = callers.guided_models()
         ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
         return out
 
@@ -72,8 +72,8 @@ class _SampleConvolution(Function):
             grad = torch.empty_like(slope).copy_(grad)
         variance = kept if ctx.keep_variance else fused.constant_variance(kept)
         along_var = grad * slope  # twice: the derivatives of x^2 and exp(2 log_scale) bring the factor 2
-        dx, dloc, dbias = _compat.convolution_gradients(grad, x, loc, ctx.options, (need_x, need_loc, need_bias))
-        by_var, dvar, _ = _compat.convolution_gradients(
+        dx, dloc, dbias = kernels.convolution_gradients(grad, x, loc, ctx.options, (need_x, need_loc, need_bias))
+        by_var, dvar, _ = kernels.convolution_gradients(
             along_var, x * x, variance, ctx.options, (need_x, need_log_scale, False)
         )
         if need_x:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers
 from pyro_vdo.numerics import fused
 
 
@@ -48,7 +48,7 @@ def refuse_second_derivative(models: int) -> None:
     :param models: ``guided_models()`` of the forward pass.
     :raises RuntimeError: there, and where a model that is running takes the derivative.
     """
-    if torch.is_grad_enabled() or 0 < models <= _compat.guided_models():
+    if torch.is_grad_enabled() or 0 < models <= callers.guided_models():
         raise RuntimeError(
             "local reparameterization has no second derivative (create_graph=True), and none that the model may take "
             "itself: it draws outputs, whose derivatives are not those of one weight. Draw the weights that the "
@@ -62,7 +62,7 @@ class _NormalSample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor) -> Tensor:
-        ctx.models = _compat.guided_models()
+        ctx.models = callers.guided_models()
         if not ctx.needs_input_grad[1]:
             return draw(mean, var.clamp(min=0).sqrt_())
         out, slope = draw_with_slope(mean, var)

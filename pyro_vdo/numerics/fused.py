@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import tracing
 
 ENTROPY_CONSTANT = 0.5 * (1.0 + math.log(2.0 * math.pi))  # of Normal(0, 1)
 
@@ -27,7 +27,7 @@ def is_composable_only(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return True
-    return _compat.is_tracing() or torch.compiler.is_compiling() or _compat.is_transforming()
+    return tracing.is_tracing() or torch.compiler.is_compiling() or tracing.is_transforming()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

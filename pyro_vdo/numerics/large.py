@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import tensor_traits
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.sums import along_sums, both_gradients, differentiable_gradients, expectations
 
@@ -127,7 +127,7 @@ class _Join(Function):
             return *(b if a is None else b + a for a, b in zip((dloc, dlog_scale), more, strict=True)), None
         if dloc is None and dlog_scale is None:  # no data met the weight
             flat = both_gradients(loc.reshape(-1), log_scale.reshape(-1), None, ctx.ledger.by_variance, *along.split(1))
-            return *(_compat.owned_view(gradient, loc.shape) for gradient in flat), None
+            return *(tensor_traits.owned_view(gradient, loc.shape) for gradient in flat), None
         gradients = [ctx.ledger.own(gradient, loc) for gradient in (dloc, dlog_scale)]
         ctx.ledger.owned.clear()
         ctx.ledger.add_gradients_(*gradients, loc, log_scale, along)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import draw, draw_with_slope, refuse_second_derivative
 from pyro_vdo.numerics.large import Ledger, is_huge, variance_by_rows
@@ -69,7 +69,7 @@ class _SampleLinear(Function):
     ) -> Tensor:
         mean, var = _linear_moments(x, loc, log_scale, variance, bias)
         out, slope = draw_with_slope(mean, var, shape, overwrite=True)
-        ctx.keep_variance, ctx.ledger, ctx.models = keep_variance, ledger, _compat.guided_models()
+        ctx.keep_variance, ctx.ledger, ctx.models = keep_variance, ledger, callers.guided_models()
         ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
         return out
 

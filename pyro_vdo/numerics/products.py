@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import kernels
 
 # Multiplications from which on the product counts for more than the call, which takes some 10 microseconds longer.
 _SMALLEST = 2**21
@@ -37,7 +37,7 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and max(rows * size, out * size, rows * out) < _LARGEST
         and not torch.is_grad_enabled()
-        and _compat.onednn_is_faster()
+        and kernels.onednn_is_faster()
         and _is_dense(x)
         and _is_dense(weight)
     )
@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     flat = x if x.dim() == 2 else as_rows(x)
     if not _pays(flat, weight):
         return F.linear(x, weight, bias)
-    out = _compat.onednn_linear(flat, weight, bias)
+    out = kernels.onednn_linear(flat, weight, bias)
     return out if flat is x else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -88,5 +88,5 @@ def pads_channels(images: Tensor, weight: Tensor) -> bool:
         and images.dtype is torch.float32
         and images.is_cpu
         and images.is_contiguous()
-        and _compat.onednn_blocks_channels()
+        and kernels.onednn_blocks_channels()
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributions import Normal, kl_divergence
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import tracing
 from pyro_vdo.numerics.fused import ENTROPY_CONSTANT
 
 #: elements up to which a weight is small; sums of so many are exact to a few units in the last place, in any order
@@ -80,6 +80,6 @@ class _SegmentSum(Function):
 
 def segment_sum(x: Tensor, segments: Segments) -> Tensor:
     """The sum of each segment of the vector ``x``."""
-    if _compat.is_tracing() or _compat.is_transforming():  # which know no Function
+    if tracing.is_tracing() or tracing.is_transforming():  # which know no Function
         return x.new_zeros(len(segments.lengths)).index_add(0, segments.owner, x)
     return _SegmentSum.apply(x, segments.lengths, segments.owner)  # type: ignore[no-any-return]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyro_vdo import _compat, special
+from pyro_vdo import special
+from pyro_vdo._compat import tensor_traits, tracing
 from pyro_vdo.log_uniform_fit import fit_for, horner, kl_of_ratio, slope_of_ratio
 from pyro_vdo.numerics import fused
 
@@ -156,7 +157,7 @@ def _best(chunked: Callable[..., Result], kernel: Callable[..., Result], *args: 
     key = kernel.__name__, first.device, first.dtype, first.shape[:-1], threads, *options.values()
     if key not in _compiled:
         examples = (x if x.numel() == 1 else x.new_ones(*x.shape[:-1], _EXAMPLE) for x in args)
-        _compiled[key] = _compat.compiled_or_none(functools.partial(kernel, **options), *examples)
+        _compiled[key] = tracing.compiled_or_none(functools.partial(kernel, **options), *examples)
     compiled = _compiled[key]
     return chunked(*args, **options) if compiled is None else compiled(*args)
 
@@ -217,7 +218,7 @@ class _LogUniformSums(Function):
         weights = weights[0].reshape(1), weights[1].reshape(1)
         variance = None if variance is None else variance.reshape(-1)
         both = both_gradients(loc.reshape(-1), log_scale.reshape(-1), variance, ctx.by_variance, *weights)
-        return *(_compat.owned_view(each, loc.shape) for each in both), None
+        return *(tensor_traits.owned_view(each, loc.shape) for each in both), None
 
 
 def differentiable_gradients(loc: Tensor, log_scale: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers
 from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.priors import EmpiricalBayesNormal, LogUniform
 from pyro_vdo.reports.sites import Site, guide_params, inspect_sites, plate_nesting, site_parameters, unwrapped
@@ -323,4 +323,4 @@ class Sampler:
         return result
 
 
-_compat.PREDICTING.add(Sampler._run.__code__)
+callers.PREDICTING.add(Sampler._run.__code__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pyro_vdo import _compat
+from pyro_vdo._compat import callers, tensor_traits
 from pyro_vdo.local_reparam import Arguments, is_gaussian
 from pyro_vdo.weights import GaussianWeight, register_rule
 
@@ -76,7 +76,8 @@ def _part(
 def _repeats(apply: Callable[[Tensor], Tensor], weight: GaussianWeight, loc: Tensor) -> bool:
     if loc.numel() > weight.numel():
         return True
-    if _compat.is_view(loc):  # basic indexing adds no dimension of stride 0, an expansion does; particles have some
+    # Basic indexing adds no dimension of stride 0, an expansion does; particles have some.
+    if tensor_traits.is_view(loc):
         return _repeated_dims(loc) > _repeated_dims(weight.loc)
     numbers = apply(torch.arange(weight.numel(), device=loc.device).reshape(weight.shape))
     return bool(torch.unique(numbers).numel() < numbers.numel())
@@ -159,7 +160,7 @@ def shift(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     loc = apply(weight.loc)
     if loc.shape == weight.shape:
         return weight.derived(loc, weight.scale.to(loc.dtype), apply, event_dim=weight.event_dim)
-    if not _compat.normal_density_is_asked():
+    if not callers.normal_density_is_asked():
         return NotImplemented
     shape = loc.shape  # a density over more than the weight, such as one for each particle
     return weight.derived(loc, weight.scale.expand(shape), apply, place=lambda numbers: numbers.expand(shape))
@@ -171,7 +172,7 @@ def square(func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
     if kwargs:
         return NotImplemented
     squares = len(args) == 1 or (is_gaussian(args[0]) and isinstance(args[1], int | float) and args[1] == 2)
-    if not squares or not _compat.normal_density_is_asked():
+    if not squares or not callers.normal_density_is_asked():
         return NotImplemented
     weight = args[0]
     return weight.loc.square() + weight.variance
