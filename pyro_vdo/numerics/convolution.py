@@ -104,19 +104,9 @@ def sample_convolution(
     :param options: how to convolve.
     :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
     :param ledger: of the weight, where it has one.
-    :returns: None where it has to be composed of ordinary functions, as for
-        :func:`~pyro_vdo.numerics.linear.sample_linear`.
+    :returns: None where it has to be composed of ordinary functions, see ``may_be_one_node``, and for other shapes.
     """
-    dtype = loc.dtype
-    if (
-        variance is None
-        or x.dim() != loc.dim()
-        or not dtype == x.dtype == log_scale.dtype == variance.dtype
-        or dtype is torch.float16
-        or (bias is not None and (bias.dim() != 1 or bias.dtype != dtype or fused.is_composable_only(bias)))
-        or fused.autocast_dtype(x) is not None
-        or fused.is_composable_only(x, loc, log_scale)
-    ):
+    if variance is None or x.dim() != loc.dim() or not fused.may_be_one_node(x, loc, log_scale, variance, bias):
         return None
     contiguous = x.is_contiguous()
     if not options.transposed and pads_channels(x, loc):

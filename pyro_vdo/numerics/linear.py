@@ -127,20 +127,9 @@ def sample_linear(
     :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
     :param ledger: of the weight, where it has one.
     :param name: of the weight, under which moments are remembered; all of them are functions of ``log_scale``.
-    :returns: None where it has to be composed of ordinary functions: under autocast, in a trace or transform, for
-        float16, mixed dtypes and other shapes.
+    :returns: None where it has to be composed of ordinary functions, see ``may_be_one_node``, and for other shapes.
     """
-    dtype = loc.dtype
-    if (
-        loc.dim() != 2
-        or x.dim() == 0
-        or not dtype == x.dtype == log_scale.dtype
-        or dtype is torch.float16
-        or (variance is not None and variance.dtype != dtype)
-        or (bias is not None and (bias.dim() != 1 or bias.dtype != dtype or fused.is_composable_only(bias)))
-        or fused.autocast_dtype(x) is not None
-        or fused.is_composable_only(x, loc, log_scale)
-    ):
+    if loc.dim() != 2 or x.dim() == 0 or not fused.may_be_one_node(x, loc, log_scale, variance, bias):
         return None
     if not torch.is_grad_enabled():
         known, arguments = REMEMBERED.get(), (x, loc, log_scale, variance, bias)
