@@ -251,7 +251,8 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         finally:
             self._initial.given = {}
         if found is not None:
-            self._joint_sites = names if self.policy.strict else []  # an error comes again
+            if self.policy.strict:
+                self._joint_sites = names  # the error comes again
             self.policy.report_together(*found)
 
     def _sample_site(self, name: str, site: Any, undrawn: bool) -> Tensor:

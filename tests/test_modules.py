@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 import warnings
 from typing import Any
 
@@ -12,10 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -24,46 +19,7 @@ import pyro_vdo as vdo
 from pyro_vdo.converted import bayesian_weights
 from pyro_vdo.modules import LAYERS
 from pyro_vdo.weights import GaussianWeight
-
-
-class Residual(nn.Module):
-    """Nested modules, a skip connection, normalisation, dropout, a parameter of its own and a fixed buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(3, 6)
-        self.block = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.1), nn.Linear(6, 6, bias=False))
-        self.head = nn.ModuleDict({"out": nn.Linear(6, 2)})
-        self.temperature = nn.Parameter(torch.ones(()))
-        self.register_buffer("shift", torch.zeros(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x)
-        h = h + self.block(h)
-        out: Tensor = self.head["out"](F.relu(h)) * self.temperature + self.shift
-        return out
-
-
-X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-Y = torch.randint(0, 2, (20,), generator=torch.Generator().manual_seed(1))
-
-
-def classifier(net: Any) -> Any:
-    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
-        logits = net(x)
-        with pyro.plate("data", len(x)):
-            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
-
-    return model
-
-
-def fit(net: Any, x: Tensor = X, y: Tensor = Y, steps: int = 4, **options: Any) -> Any:
-    model = classifier(net)
-    guide = vdo.AutoFactorizedNormal(model, strict=True, **options)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    assert all(torch.isfinite(torch.tensor(svi.step(x, y))) for _ in range(steps))
-    return guide
-
+from tests.residual import Residual, X, classifier, fit
 
 # --------------------------------------------------------------------------- what is converted
 
@@ -183,70 +139,7 @@ def test_every_layer_of_the_list() -> None:
         assert isinstance(weight, GaussianWeight)
 
 
-class ScaledEmbedding(nn.Embedding):
-    def forward(self, index: Tensor) -> Tensor:
-        return 2 * super().forward(index)
-
-
-@pytest.mark.parametrize("kind", [nn.Embedding, ScaledEmbedding])
-@pytest.mark.parametrize("guide_kind", [vdo.AutoFactorizedNormal, AutoNormal])
-def test_the_padding_row_of_an_embedding_is_a_constant(kind: Any, guide_kind: Any) -> None:
-    plain, index = kind(5, 3, padding_idx=1), torch.tensor([[1, 2, 1], [3, 1, 4]])
-    with torch.no_grad():
-        plain.weight[1] = torch.tensor([0.5, -1.0, 2.0])
-    expected, at = plain(index).detach(), index == 1
-    net = vdo.to_bayesian(nn.Sequential(plain), dist.Normal(3.0, 1.0))
-
-    def model(index: Tensor) -> Tensor:
-        out = pyro.deterministic("out", net(index))
-        with pyro.plate("data", 2):
-            pyro.sample("y", dist.Normal(out.sum((-2, -1)), 1.0), obs=torch.zeros(2))
-        return out
-
-    guide = guide_kind(model, init_scale=0.5)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
-    for _ in range(3):
-        svi.step(index)
-    for train in (True, False):
-        guide.train(train)
-        out = poutine.replay(model, poutine.trace(guide).get_trace(index))(index)
-        assert torch.equal(out[at], expected[at])
-        assert (out[~at] != expected[~at]).all()
-    for parallel in (False, True):
-        out = Predictive(model, guide=guide, num_samples=4, parallel=parallel)(index)["out"].reshape(4, 2, 3, 3)
-        assert torch.equal(out[:, at], expected[at].expand(4, 3, 3))
-        assert (out[0] != out[1]).any(-1).equal(~at)
-    if guide_kind is vdo.AutoFactorizedNormal:
-        exported = vdo.export(net, guide, "masked")
-        assert type(exported[0]) is kind
-        assert torch.equal(exported(index)[at], expected[at])
-    assert type(pickle.loads(pickle.dumps(net))[0]) is type(net[0])
-
-
 # --------------------------------------------------------------------------- refusals
-
-
-def test_pooling_refuses_samples_of_the_weights_on_the_left() -> None:
-    layers = (nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.Flatten(-3), nn.Linear(27, 2))
-    net, images = vdo.to_bayesian(nn.Sequential(*layers), vdo.LogUniform()), torch.rand(5, 1, 8, 8)
-
-    def model(x: Tensor) -> None:
-        logits = net(x)
-        with pyro.plate("data", 5):
-            pyro.sample("y", dist.Categorical(logits=logits))
-
-    guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"])).setup(images)
-    assert Predictive(model, guide=guide, num_samples=4)(images)["y"].shape == (4, 5)
-    for predict in (Predictive(model, guide=guide, num_samples=4, parallel=True), vdo.LocalPredictive(model, guide, 4)):
-        with pytest.raises(ValueError, match=r"MaxPool2d '1' .* 4 samples of the weights.* Draw one after another"):
-            predict(images)
-
-
-def test_norms_and_pooling_take_their_input_by_keyword() -> None:
-    net = vdo.to_bayesian(nn.ModuleList([nn.BatchNorm1d(3), nn.AvgPool1d(2), nn.Linear(3, 1)]), vdo.LogUniform())
-    x = torch.rand(4, 3, 6)
-    assert torch.equal(net[0](input=x), F.batch_norm(x, None, None, training=True))
-    assert torch.equal(net[1](input=x), F.avg_pool1d(x, 2))
 
 
 def tied() -> nn.Module:
@@ -392,54 +285,6 @@ def test_attention_is_drawn() -> None:
 # --------------------------------------------------------------------------- still a module
 
 
-def test_state_dict_loads_from_the_plain_network() -> None:
-    plain, net = Residual(), vdo.to_bayesian(Residual(), vdo.LogUniform())
-    net.load_state_dict(plain.state_dict())
-    for name, value in plain.state_dict().items():
-        assert torch.equal(net.state_dict()[name], value)
-    guide = vdo.AutoFactorizedNormal(classifier(net)).setup(X, Y)
-    torch.testing.assert_close(guide.median()["stem.weight"], plain.stem.weight.detach())
-
-
-def test_moves_casts_and_modes() -> None:
-    net = vdo.to_bayesian(Residual(), vdo.LogUniform())
-    assert net.to(torch.float64) is net
-    assert {value.dtype for name, value in net.state_dict().items() if "num_batches" not in name} == {torch.float64}
-    fit(net, X.double())
-    assert net.block[0].training
-    net.eval()
-    assert not net.block[0].training
-    assert not net.block[2].training
-    net.requires_grad_(False)
-    assert not any(p.requires_grad for p in net.parameters())
-    assert "Linear" in repr(net)
-    meta = vdo.to_bayesian(Residual(), vdo.LogUniform()).to("meta")
-    assert meta.state_dict()["stem.weight"].device.type == "meta"
-
-
-@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
-@pytest.mark.parametrize("trained", [False, True])
-def test_copies_are_bayesian_networks(how: str, trained: bool) -> None:
-    net = vdo.to_bayesian(Residual(), vdo.LogUniform("molchanov"), name="f")
-    if trained:
-        fit(net)
-        dict(pyro.get_param_store().items())
-    if how == "pickle":
-        copied = pickle.loads(pickle.dumps(net))
-    elif how == "deepcopy":
-        copied = copy.deepcopy(net)
-    else:
-        buffer = io.BytesIO()
-        torch.save(net, buffer)
-        buffer.seek(0)
-        copied = torch.load(buffer, weights_only=False)
-    assert isinstance(copied, Residual)
-    assert bayesian_weights(copied) == bayesian_weights(net)
-    assert all(torch.equal(copied.state_dict()[k], v) for k, v in net.state_dict().items())
-    guide = fit(copied)
-    assert guide.posteriors().keys() == {"f.stem.weight", "f.block.3.weight", "f.head.out.weight"}
-
-
 def test_names_and_two_networks_in_one_model() -> None:
     encoder = vdo.to_bayesian(nn.Linear(3, 3), vdo.LogUniform(), name="encoder")
     decoder = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform(), name="decoder")
@@ -510,19 +355,6 @@ def test_compiled_networks_are_refused() -> None:
         vdo.to_bayesian(nn.Sequential(torch.jit.trace(nn.Linear(3, 2), X)), vdo.LogUniform())
     with pytest.raises(ValueError, match=r"to_bayesian: '1' is wrapped by torch\.compile"):
         vdo.to_bayesian(part, vdo.LogUniform())
-
-
-@pytest.mark.parametrize("kind", [vdo.AutoFactorizedNormal, AutoNormal])
-def test_the_first_pass_of_a_guide_leaves_loaded_statistics_alone(kind: Any) -> None:
-    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    plain(X)
-    net = vdo.to_bayesian(plain, vdo.LogUniform())
-    guide = kind(net, init_loc_fn=vdo.init_to_pretrained)
-    guide._setup_prototype(X)
-    buffers = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
-    assert all(torch.equal(net.get_buffer(name), plain.get_buffer(name)) for name in buffers)
-    poutine.replay(net, trace=poutine.trace(guide).get_trace(X))(X)
-    assert not any(torch.equal(net.get_buffer(name), plain.get_buffer(name)) for name in buffers)
 
 
 def test_priors_by_module_object_are_refused() -> None:

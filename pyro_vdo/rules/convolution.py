@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vdo.blocks import BlockWeight
 from pyro_vdo.drawn import DrawnWeight
-from pyro_vdo.local_reparam import Arguments, core, is_gaussian, refuse_not_finite, sample_linear
+from pyro_vdo.local_reparam import Arguments, core, faster, is_gaussian, sample_linear
 from pyro_vdo.numerics.convolution import Options
 from pyro_vdo.weights import GaussianWeight, register_rule
 
@@ -47,26 +47,15 @@ def _takes_blocks(func: Any, x: Tensor, bias: Any, spatial: int, options: dict[s
 
 
 def _sample(func: Any, options: dict[str, Any], spatial: int, x: Tensor, weight: GaussianWeight, bias: Any) -> Tensor:
-    fast = _fast(func, options, spatial, x, weight, bias)
-    if fast is not None:
-        return fast
+    numbers = Options.of("output_padding" in _CONVOLUTIONS[func][1], options)
+    if numbers is not None:
+        fast = faster(weight, x, lambda: weight.sample_convolution(x, bias, spatial, numbers))
+        if fast is not None:
+            return fast
     if bias is not None:
         bias = bias.reshape(*bias.shape[:-1], -1, *(1,) * spatial)
     apply = _over_batches(lambda x, w: func(x, w, **options), spatial)
     return sample_linear(apply, x, weight, bias)
-
-
-def _fast(
-    func: Any, options: dict[str, Any], spatial: int, x: Tensor, weight: GaussianWeight, bias: Any
-) -> Tensor | None:
-    """The same for a whole weight whose particles are copies of one, with fewer passes over the data."""
-    weight.variable.refuse_derivative()
-    numbers = Options.of("output_padding" in _CONVOLUTIONS[func][1], options)
-    out = None if numbers is None else weight.sample_convolution(x, bias, spatial, numbers)
-    if out is not None:
-        weight.note_linear_use()
-        refuse_not_finite(out, weight, x)
-    return out
 
 
 def _over_batches(apply: Callable[[Tensor, Tensor], Tensor], spatial: int) -> Callable[[Tensor, Tensor], Tensor]:
