@@ -85,7 +85,22 @@ def test_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(both, (loc, log_scale))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)], ids=["eager", "compiled"])
+def test_equal_weights_do_not_add_up_their_rounding(compiled: bool) -> None:
+    loc, log_scale = torch.full((2**20,), 0.02), torch.full((2**20,), -5.1)  # as at the start of a guide
+    with vdo.use_compiled(compiled):
+        found = sums.both_sums(loc, log_scale, fused.constant_variance(log_scale))
+    exact = sums.both_sums(loc.double(), log_scale.double(), fused.constant_variance(log_scale.double()))
+    for value, expected in zip(found, exact, strict=True):
+        assert float(value) == pytest.approx(float(expected), rel=1e-6)
+
+
+@needs_compiler
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
 def test_compiled_kernels_agree_with_the_others_for_any_number_of_elements(
     dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch

@@ -121,7 +121,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _kernel_sum(loc: Tensor, variance: Tensor, of_log_scale: bool = False) -> tuple[Tensor, Tensor]:
-    """One logarithm and one smallest value for a column: (1 + x) (1 + y) = 1 + (x + x y + y)."""
+    """One logarithm and one smallest value for a column: (1 + x) (1 + y) = 1 + (x + x y + y).
+
+    The sum is in float64: the code adds one column after the other, whose rounding adds up where many are equal.
+    """
     fit = fit_for(loc.dtype)
     total, smallest = loc.new_zeros(()), variance[0]
     for mean, var in zip(loc.unbind(0), variance.unbind(0), strict=True):
@@ -129,7 +132,7 @@ def _kernel_sum(loc: Tensor, variance: Tensor, of_log_scale: bool = False) -> tu
         clamped = t.clamp(max=fit.limit**2)
         x = t * (horner(fit.value_num, clamped) / horner(fit.value_den, clamped))
         total, smallest = total + total * x + x, torch.minimum(smallest, var)
-    return 0.5 * torch.log1p(total).sum(), smallest.amin()
+    return 0.5 * torch.log1p(total).sum(dtype=torch.float64), smallest.amin()
 
 
 def _kernel_gradient(
@@ -169,7 +172,7 @@ def both_sums(loc: Tensor, log_scale: Tensor, variance: Tensor | None) -> tuple[
         total, smallest = _best(_chunked_sum, _kernel_sum, _rows(loc), _rows(scales), of_log_scale=variance is None)
         tiny = torch.finfo(loc.dtype).tiny
         if math.isfinite(total.item()) and smallest.item() >= (0.5 * math.log(tiny) if variance is None else tiny):
-            return total, log_scale.sum(), True
+            return total.to(loc.dtype), log_scale.sum(), True
     return *_best(_composed_sum, _composed_sum, loc.reshape(-1), log_scale.reshape(-1)), False
 
 
