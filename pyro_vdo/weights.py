@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.convolution import Options, sample_convolution
-from pyro_vdo.numerics.large import Ledger, Meeting, is_huge
+from pyro_vdo.numerics.large import Meeting, Parameters, is_huge
 from pyro_vdo.numerics.linear import sample_linear
 from pyro_vdo.numerics.sums import log_uniform_sums
 from pyro_vdo.undrawn import Rule, Undrawn
@@ -171,11 +171,8 @@ class GaussianWeight(Undrawn):
                 self._constant_variance = fused.unrepeated(known.detach()).reshape(single.shape)
         return self._constant_variance
 
-    def _whole_parameters(self, event_dim: int) -> tuple[Tensor, Tensor, Tensor | None, bool, Ledger | None] | None:
-        """(loc, log_scale, variance or None for one in parts, whether to keep it, ledger), without particles.
-
-        None for anything but a whole weight with one set of parameters for all particles.
-        """
+    def _whole_parameters(self, event_dim: int) -> Parameters | None:
+        """Those of a whole weight, without particles; None where these have parameters of their own."""
         loc, log_scale = self.loc, self._log_scale
         if type(self) is not GaussianWeight or log_scale is None or self._parent is not None:
             return None
@@ -193,18 +190,17 @@ class GaussianWeight(Undrawn):
         if variance is not None and variance.shape != loc.shape:
             return None
         keep = self.kept is not None or not fused.is_large(loc)
-        return loc, log_scale, variance, keep, None if self._meeting is None else self._meeting.ledger
+        return Parameters(loc, log_scale, variance, keep, None if self._meeting is None else self._meeting.ledger)
 
     def sample_linear(self, x: Tensor, bias: Any) -> Tensor | None:
         """A draw of ``F.linear(x, w, b)`` by a faster way, where there is one."""
         parameters = self._whole_parameters(2)
         if parameters is None:
             return None
-        loc, log_scale, variance, keep, ledger = parameters
         shape = None
         if self.loc.dim() > 2:
-            shape = (*torch.broadcast_shapes(x.shape[:-1], self.loc.shape[:-2]), loc.shape[-2])
-        return sample_linear(x, loc, log_scale, variance, bias, shape, keep, self.variable.name, ledger)
+            shape = (*torch.broadcast_shapes(x.shape[:-1], self.loc.shape[:-2]), self.loc.shape[-2])
+        return sample_linear(x, parameters, bias, shape, self.variable.name)
 
     def sample_convolution(self, x: Tensor, bias: Any, spatial: int, options: Options) -> Tensor | None:
         """A draw of the convolution of ``x`` with this weight by a faster way, where there is one."""
@@ -214,9 +210,8 @@ class GaussianWeight(Undrawn):
         parameters = self._whole_parameters(spatial + 2)
         if parameters is None:
             return None
-        loc, log_scale, variance, keep, ledger = parameters
         flat = x if len(batch) == 1 else x.reshape(-1, *x.shape[-spatial - 1 :])
-        out = sample_convolution(flat, loc, log_scale, variance, bias, options, keep, ledger)
+        out = sample_convolution(flat, parameters, bias, options)
         return out if out is None or flat is x else out.reshape(*batch, *out.shape[1:])
 
     def shared_log_prob_sum(self, prior: Any) -> Tensor | None:

@@ -11,6 +11,7 @@ from pyro_vdo._compat import kernels
 from pyro_vdo.numerics import products
 from pyro_vdo.numerics.convolution import Options, sample_convolution
 from pyro_vdo.numerics.draws import draw_with_slope
+from pyro_vdo.numerics.large import Parameters
 from pyro_vdo.weights import GaussianWeight
 
 SIGMAS = 5.0
@@ -46,7 +47,7 @@ def test_value_and_gradients_are_those_of_the_composed_one(name: str, keep: bool
     options = Options.of(transposed, given)
     assert options is not None
     torch.manual_seed(2)
-    found = sample_convolution(x, loc, log_scale, (2 * log_scale).exp().detach(), bias, options, keep)
+    found = sample_convolution(x, Parameters(loc, log_scale, (2 * log_scale).exp().detach(), keep), bias, options)
     assert found is not None
     torch.manual_seed(2)
     mean, var = function(x, loc, bias, **given), function(x * x, (2 * log_scale).exp(), **given)
@@ -68,7 +69,7 @@ def test_a_gradient_that_nobody_wants_is_none(which: int) -> None:
             tensor.requires_grad_(any(tensor is other for other in wanted))
         x, loc, log_scale, bias = tensors
         torch.manual_seed(2)
-        out = sample_convolution(x, loc, log_scale, (2 * log_scale).exp().detach(), bias, options)
+        out = sample_convolution(x, Parameters(loc, log_scale, (2 * log_scale).exp().detach()), bias, options)
         assert out is not None
         everything.append(gradients(out, wanted))
     torch.testing.assert_close(everything[0][which], everything[1][0], rtol=1e-12, atol=1e-12)

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from pyro_vdo._compat import callers, kernels
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import draw, draw_with_slope, refuse_second_derivative
-from pyro_vdo.numerics.large import Ledger
+from pyro_vdo.numerics.large import Ledger, Parameters
 from pyro_vdo.numerics.products import pads_channels
 
 
@@ -49,11 +49,11 @@ class _SampleConvolution(Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        bias: Tensor | None,
+        options: Options,
         loc: Tensor,
         log_scale: Tensor,
         variance: Tensor,
-        bias: Tensor | None,
-        options: Options,
         keep_variance: bool,
         ledger: Ledger | None,
     ) -> Tensor:
@@ -67,7 +67,7 @@ class _SampleConvolution(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         refuse_second_derivative(ctx.models)
         x, loc, kept, slope = ctx.saved_tensors
-        need_x, need_loc, need_log_scale, _, need_bias, *_ = ctx.needs_input_grad
+        need_x, need_bias, _, need_loc, need_log_scale, *_ = ctx.needs_input_grad
         if grad.stride() != slope.stride():  # a pass over two layouts takes as long as one over each and a copy
             grad = torch.empty_like(slope).copy_(grad)
         variance = kept if ctx.keep_variance else fused.constant_variance(kept)
@@ -80,41 +80,28 @@ class _SampleConvolution(Function):
             dx = dx.addcmul_(x, by_var)
         dlog_scale = dvar.mul_(variance) if need_log_scale else None
         if ctx.ledger is not None:
-            ctx.ledger.owned.update(gradient.data_ptr() for gradient in (dloc, dlog_scale) if gradient is not None)
-        return dx, dloc, dlog_scale, None, dbias, None, None, None
+            ctx.ledger.add(dloc, dlog_scale)
+        return dx, dbias, None, dloc, dlog_scale, None, None, None
 
 
-def sample_convolution(
-    x: Tensor,
-    loc: Tensor,
-    log_scale: Tensor,
-    variance: Tensor | None,
-    bias: Tensor | None,
-    options: Options,
-    keep_variance: bool = True,
-    ledger: Ledger | None = None,
-) -> Tensor | None:
+def sample_convolution(x: Tensor, weight: Parameters, bias: Tensor | None, options: Options) -> Tensor | None:
     """A draw of a convolution with w ~ Normal(loc, scale^2), by local reparameterization.
 
     :param x: (N, C, *spatial).
-    :param loc: (out, C / groups, *kernel); for transposed convolutions (C, out / groups, *kernel).
-    :param log_scale: as ``loc``, where the gradient goes.
-    :param variance: as ``loc``, exp(2 log_scale) or 0, taken as a constant, or None.
+    :param weight: (out, C / groups, *kernel); for transposed convolutions (C, out / groups, *kernel).
     :param bias: (out,) or None.
     :param options: how to convolve.
-    :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
-    :param ledger: of the weight, where it has one.
-    :returns: None where it has to be composed of ordinary functions, see ``may_be_one_node``, and for other shapes.
+    :returns: None where it has to be composed of ordinary functions, and for other shapes.
     """
-    if variance is None or x.dim() != loc.dim() or not fused.may_be_one_node(x, loc, log_scale, variance, bias):
+    if weight.variance is None or x.dim() != weight.loc.dim() or not weight.may_be_one_node(x, bias):
         return None
     contiguous = x.is_contiguous()
-    if not options.transposed and pads_channels(x, loc):
+    if not options.transposed and pads_channels(x, weight.loc):
         x = x.contiguous(memory_format=torch.channels_last)
     out: Tensor
     if torch.is_grad_enabled():
-        out = _SampleConvolution.apply(x, loc, log_scale, variance, bias, options, keep_variance, ledger)
+        out = _SampleConvolution.apply(x, bias, options, *weight)
     else:
-        mean, var = _moments(x, loc, variance, bias, options)
+        mean, var = _moments(x, weight.loc, weight.variance, bias, options)
         out = draw(mean, var.clamp_(min=0).sqrt_())
     return out.contiguous() if contiguous else out  # networks call view()

@@ -37,22 +37,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if on else None
 
 
-def may_be_one_node(x: Tensor, loc: Tensor, log_scale: Tensor, variance: Tensor | None, bias: Tensor | None) -> bool:
-    """False where a map of ``x`` has to be composed of ordinary functions.
-
-    That is under autocast, in a trace or transform, for float16, mixed dtypes and biases of more than one dimension.
-    """
-    dtype = loc.dtype
-    return (
-        dtype == x.dtype == log_scale.dtype
-        and dtype is not torch.float16
-        and (variance is None or variance.dtype == dtype)
-        and (bias is None or (bias.dim() == 1 and bias.dtype == dtype and not is_composable_only(bias)))
-        and autocast_dtype(x) is None
-        and not is_composable_only(x, loc, log_scale)
-    )
-
-
 def is_large(tensor: Tensor) -> bool:
     """True for weights whose variance is computed anew in the backward pass, in place of being kept until then."""
     return tensor.numel() >= _LARGE

@@ -7,7 +7,7 @@ one piece of memory: new memory costs more than the arithmetic, since the system
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Ledger:
         #: addresses of gradients that nothing else holds, to which others may be added in place
         self.owned: set[int] = set()
 
+    def add(self, *gradients: Tensor | None) -> None:
+        """Note fresh gradients, which nothing else holds."""
+        self.owned.update(gradient.data_ptr() for gradient in gradients if gradient is not None)
+
     def own(self, gradient: Tensor | None, like: Tensor) -> Tensor:
         """``gradient`` in contiguous memory that may be written to; zeros for None."""
         if gradient is None:
@@ -62,6 +66,38 @@ class Ledger:
             of_part = both_gradients(loc[part], log_scale[part], None, self.by_variance, *along.split(1))
             dloc[part].add_(of_part[0])
             dlog_scale[part].add_(of_part[1])
+
+
+class Parameters(NamedTuple):
+    """A weight Normal(loc, scale^2) as the maps of one autograd node take it.
+
+    :param loc: mean.
+    :param log_scale: of the same shape, where the gradient goes.
+    :param variance: of the same shape, exp(2 log_scale) or 0, taken as a constant; None to compute it in parts.
+    :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
+    :param ledger: of the weight, where it has one.
+    """
+
+    loc: Tensor
+    log_scale: Tensor
+    variance: Tensor | None
+    keep_variance: bool = True
+    ledger: Ledger | None = None
+
+    def may_be_one_node(self, x: Tensor, bias: Tensor | None) -> bool:
+        """False where a map of ``x`` has to be composed of ordinary functions.
+
+        That is under autocast, in a trace or transform, for float16, mixed dtypes, biases of more than one dimension.
+        """
+        dtype = self.loc.dtype
+        return (
+            dtype == x.dtype == self.log_scale.dtype
+            and dtype is not torch.float16
+            and (self.variance is None or self.variance.dtype == dtype)
+            and (bias is None or (bias.dim() == 1 and bias.dtype == dtype and not fused.is_composable_only(bias)))
+            and fused.autocast_dtype(x) is None
+            and not fused.is_composable_only(x, self.loc, self.log_scale)
+        )
 
 
 class Meeting:

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from pyro_vdo._compat import callers
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.draws import draw, draw_with_slope, refuse_second_derivative
-from pyro_vdo.numerics.large import Ledger, is_huge, variance_by_rows
+from pyro_vdo.numerics.large import Ledger, Parameters, is_huge, variance_by_rows
 from pyro_vdo.numerics.moments import REMEMBERED
 from pyro_vdo.numerics.products import as_rows, linear, matmul
 
@@ -59,11 +59,11 @@ class _SampleLinear(Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, ...] | None,
         loc: Tensor,
         log_scale: Tensor,
         variance: Tensor | None,
-        bias: Tensor | None,
-        shape: tuple[int, ...] | None,
         keep_variance: bool,
         ledger: Ledger | None,
     ) -> Tensor:
@@ -77,7 +77,7 @@ class _SampleLinear(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         refuse_second_derivative(ctx.models)
         x, loc, kept, slope = ctx.saved_tensors
-        need_x, need_loc, need_log_scale, _, need_bias, *_ = ctx.needs_input_grad
+        need_x, need_bias, _, need_loc, need_log_scale, *_ = ctx.needs_input_grad
         along_var = grad * slope  # twice: the derivatives of x^2 and exp(2 log_scale) bring the factor 2
         moment_shape = (*x.shape[:-1], loc.shape[0])
         if grad.shape != moment_shape:  # particles that share the moments
@@ -101,41 +101,31 @@ class _SampleLinear(Function):
         if need_bias:
             dbias = grad.sum(0)
         if ctx.ledger is not None:
-            ctx.ledger.owned.update(gradient.data_ptr() for gradient in (dloc, dlog_scale) if gradient is not None)
-        return dx, dloc, dlog_scale, None, dbias, None, None, None
+            ctx.ledger.add(dloc, dlog_scale)
+        return dx, dbias, None, dloc, dlog_scale, None, None, None
 
 
 def sample_linear(
-    x: Tensor,
-    loc: Tensor,
-    log_scale: Tensor,
-    variance: Tensor | None,
-    bias: Tensor | None,
-    shape: tuple[int, ...] | None = None,
-    keep_variance: bool = True,
-    name: str = "",
-    ledger: Ledger | None = None,
+    x: Tensor, weight: Parameters, bias: Tensor | None, shape: tuple[int, ...] | None = None, name: str = ""
 ) -> Tensor | None:
     """A draw of ``F.linear(x, w, bias)``, w ~ Normal(loc, scale^2), by local reparameterization.
 
     :param x: (*batch, in).
-    :param loc: (out, in).
-    :param log_scale: (out, in), where the gradient goes.
-    :param variance: (out, in), exp(2 log_scale) or 0, taken as a constant; None to compute it in parts.
+    :param weight: (out, in).
     :param bias: (out,) or None.
     :param shape: of the result, where it has more draws than (*batch, out).
-    :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
-    :param ledger: of the weight, where it has one.
     :param name: of the weight, under which moments are remembered; all of them are functions of ``log_scale``.
-    :returns: None where it has to be composed of ordinary functions, see ``may_be_one_node``, and for other shapes.
+    :returns: None where it has to be composed of ordinary functions, and for other shapes.
     """
-    if loc.dim() != 2 or x.dim() == 0 or not fused.may_be_one_node(x, loc, log_scale, variance, bias):
+    loc = weight.loc
+    if loc.dim() != 2 or x.dim() == 0 or not weight.may_be_one_node(x, bias):
         return None
     if not torch.is_grad_enabled():
-        known, arguments = REMEMBERED.get(), (x, loc, log_scale, variance, bias)
+        known, arguments = REMEMBERED.get(), (x, loc, weight.log_scale, weight.variance, bias)
         if known is None or shape is None or math.prod(shape) == math.prod(x.shape[:-1]) * loc.shape[0]:
             mean, std = _linear_mean_and_std(*arguments)
         else:  # the samples share the data, which the next ones will meet as well
-            mean, std = known.of(name, (x, loc, log_scale, bias), lambda: _linear_mean_and_std(*arguments))
+            sources = (x, loc, weight.log_scale, bias)
+            mean, std = known.of(name, sources, lambda: _linear_mean_and_std(*arguments))
         return draw(mean, std, shape)
-    return _SampleLinear.apply(x, loc, log_scale, variance, bias, shape, keep_variance, ledger)  # type: ignore[no-any-return]
+    return _SampleLinear.apply(x, bias, shape, *weight)  # type: ignore[no-any-return]
