@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pyro_vdo import kl as _kl  # noqa: F401  registers the divergences
 from pyro_vdo._version import __version__ as __version__
 from pyro_vdo.batches import TensorBatches
+from pyro_vdo.compiler import use_compiled
 from pyro_vdo.compression.compact import compact_module
 from pyro_vdo.compression.dependency import ExportError
 from pyro_vdo.compression.storage import ExportFileError, load, read_header, save
@@ -49,7 +50,6 @@ from pyro_vdo.rules import embedding as _rules_embedding  # noqa: F401  register
 from pyro_vdo.rules import views as _rules_views  # noqa: F401  registers rules
 from pyro_vdo.schedules import cosine_decay, kl_warmup, linear_decay, piecewise_linear
 from pyro_vdo.site_posterior import SitePosterior, register_posterior
-from pyro_vdo.special import use_compiled
 from pyro_vdo.training import fit
 from pyro_vdo.variables import ReuseError, ReuseWarning
 from pyro_vdo.weights import GaussianWeight, register_rule

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyro_vdo._compat import tracing
+from pyro_vdo.compiler import best
 from pyro_vdo.log_uniform_fit import (
     LOG_ABS_OFFSET,
     curvature_of_ratio,
@@ -33,7 +32,6 @@ __all__ = [
     "dawson_integral",
     "expected_log_abs",
     "normal_log_uniform_kl",
-    "use_compiled",
 ]
 
 SQRT_HALF = math.sqrt(0.5)
@@ -45,51 +43,14 @@ def _is_plain(*tensors: Tensor) -> bool:
     return not torch.compiler.is_compiling() and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
-class use_compiled:  # noqa: N801 - reads like a function, as torch.no_grad does
-    """Let ``torch.compile`` fuse the log-uniform KL; off until called.
-
-    Call it, ``use_compiled()``, or write ``with use_compiled():``. It concerns whole weights of 64 elements and more
-    in a step, and other tensors of 2**18 elements and more that need a gradient. The first of them on each device
-    compiles (seconds to tens of seconds, once for all sizes); where that fails, for want of a C++ compiler or of
-    Triton, the ordinary kernels go on silently.
-    """
-
-    enabled = False
-    smallest = 2**18
-
-    def __init__(self, enabled: bool = True) -> None:
-        self._before = use_compiled.enabled
-        use_compiled.enabled = enabled
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        use_compiled.enabled = self._before
-
-
-# One kernel for each device, dtype and number of threads; None where compiling failed.
-_compiled: dict[tuple[torch.device, torch.dtype, int], Callable[..., tuple[Tensor, Tensor, Tensor]] | None] = {}
-
-
-def _compiled_terms(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    flat = loc.detach().reshape(-1).contiguous(), scale.detach().reshape(-1).contiguous()
-    key = loc.device, loc.dtype, torch.get_num_threads()
-    if key not in _compiled:
-        _compiled[key] = tracing.compiled_or_none(_composed_terms, *flat)
-    kernel = _compiled[key]
-    if kernel is None:
-        return None
-    kl, dloc, dscale = kernel(*flat)
-    return kl.view(loc.shape), dloc.view(loc.shape), dscale.view(loc.shape)
-
-
 @functools.cache
 def _constants(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """As tensors, because addcmul takes no numbers."""
     return torch.tensor(values, dtype=dtype, device="cpu").unbind()
 
 
+# Elements from which on all three terms are worth a compiled kernel.
+_SMALLEST_COMPILED = 2**18
 # Elements per thread in a chunk: long enough to hide the cost of a call, short enough for the cache.
 _CHUNK = 2**16
 
@@ -138,20 +99,24 @@ def _composed_terms(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return kl_of_ratio(r), slope, -r * slope
 
 
-def _terms(loc: Tensor, scale: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """KL, dKL/dloc and dKL/dscale, elementwise; the last two may be empty if they are not wanted."""
-    plain = _is_plain(loc, scale)
-    if plain and use_compiled.enabled and with_gradient and loc.numel() >= use_compiled.smallest:
-        compiled = _compiled_terms(loc, scale)
-        if compiled is not None:
-            return compiled
-    if plain and loc.device.type == "cpu" and loc.numel() > 0:
+def _eager_terms(loc: Tensor, scale: Tensor, with_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    if loc.device.type == "cpu" and loc.numel() > 0:
         kl = loc.new_empty(loc.shape)
         dloc, dscale = (loc.new_empty(loc.shape if with_gradient else (0,)) for _ in range(2))
         flat = (x.reshape(-1) for x in (loc, scale, kl, dloc, dscale))
         if bool(torch.isfinite(_chunked_terms(*flat))):  # on the CPU: nothing to wait for
             return kl, dloc, dscale
     return _composed_terms(loc, scale)
+
+
+def _terms(loc: Tensor, scale: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """KL, dKL/dloc and dKL/dscale, elementwise; the last two may be empty if they are not wanted."""
+    if not _is_plain(loc, scale):
+        return _composed_terms(loc, scale)
+    if with_gradient and loc.numel() >= _SMALLEST_COMPILED:
+        kl, dloc, dscale = best(_eager_terms, _composed_terms, loc.detach().reshape(-1), scale.detach().reshape(-1))
+        return kl.view(loc.shape), dloc.view(loc.shape), dscale.view(loc.shape)
+    return _eager_terms(loc, scale, with_gradient)
 
 
 class _NormalLogUniformKL(Function):

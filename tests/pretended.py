@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import pyro_vdo
-from pyro_vdo import special
-from pyro_vdo.numerics import shared, sums
+from pyro_vdo import compiler
+from pyro_vdo.numerics import shared
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 PACKAGE = str(Path(pyro_vdo.__file__).parent)
@@ -287,8 +287,7 @@ def pretended_cuda() -> Iterator[PretendedCuda]:
     getattr(torch._C, "_ensureCUDADeviceGuardSet", bool)()  # torch 2.6 has none and needs none
     shared._segments.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (special, sums):
-            patch.setattr(module, "_compiled", {})
+        patch.setattr(compiler, "_kernels", {})
         _patch_tensors(patch, mode)
         _patch_torch(patch, mode)
         with mode:

@@ -13,8 +13,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, vmap
 
-from pyro_vdo import special
+from pyro_vdo import compiler, special
 from pyro_vdo._compat import tracing
+from pyro_vdo.compiler import use_compiled
 from pyro_vdo.log_uniform_fit import curvature_of_ratio, slope_of_ratio
 from pyro_vdo.numerics import sums
 from pyro_vdo.special import (
@@ -22,7 +23,6 @@ from pyro_vdo.special import (
     dawson_integral,
     expected_log_abs,
     normal_log_uniform_kl,
-    use_compiled,
 )
 from tests.accuracy import (
     DTYPES,
@@ -254,8 +254,8 @@ with pyro_vdo.use_compiled():
     pyro_vdo.special.normal_log_uniform_kl(loc, torch.ones(2**18))
     weight = pyro_vdo.FactorizedNormal(loc, log_scale=torch.zeros(2**18)).to_event(1).rsample()
     pyro_vdo.LogUniform().expand([2**18]).to_event(1).log_prob(weight)
-assert pyro_vdo.special._compiled and pyro_vdo.numerics.sums._compiled
-assert None not in {*pyro_vdo.special._compiled.values(), *pyro_vdo.numerics.sums._compiled.values()}
+assert {name for name, *_ in pyro_vdo.compiler._kernels} == {"_composed_terms", "_kernel_sum"}
+assert None not in pyro_vdo.compiler._kernels.values()
 assert torch.distributions.Distribution._validate_args
 """
 
@@ -300,8 +300,9 @@ def test_use_compiled_compiles_large_tensors_only_and_fails_silently(works, monk
         return run
 
     monkeypatch.setattr(tracing, "compile_graph", fake_compile)
-    monkeypatch.setattr(special, "_compiled", {})
-    monkeypatch.setattr(use_compiled, "smallest", 100)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_EXAMPLE", 150)
+    monkeypatch.setattr(special, "_SMALLEST_COMPILED", 100)
 
     def terms(shape):
         loc = torch.linspace(-3, 3, math.prod(shape)).reshape(shape).requires_grad_()
@@ -319,7 +320,7 @@ def test_use_compiled_compiles_large_tensors_only_and_fails_silently(works, monk
         terms((20, 10))
         with torch.no_grad():
             normal_log_uniform_kl(torch.ones(200), torch.ones(200))
-    assert calls == ([200] * 3 if works else [200])
+    assert calls == ([150, 200, 200] if works else [150])
     assert not use_compiled.enabled
     for x, y in zip(got, expected, strict=True):
         assert x.shape == y.shape

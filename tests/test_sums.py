@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 import pyro_vdo as vdo
-from pyro_vdo import special
+from pyro_vdo import compiler, special
 from pyro_vdo._compat import tracing
 from pyro_vdo.numerics import fused, sums
 from pyro_vdo.numerics.sums import log_uniform_sums
@@ -40,11 +40,11 @@ def test_fused_and_composed_steps_agree(
     monkeypatch.setattr(fused, "_LARGE", 1 if large else 2**40)
     # A kernel stands in for its compiled self: what a compiler makes of it is the compiler's matter.
     monkeypatch.setattr(tracing, "compile_graph", lambda graph, _: graph.forward)
-    monkeypatch.setattr(sums, "_compiled", {})
-    monkeypatch.setattr(sums, "_SMALLEST_COMPILED", 1)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_SMALLEST", 1)
     with vdo.use_compiled(compiled):
         loss, gradients = loss_and_gradients(model, guide, x, y, elbo)
-    assert bool(sums._compiled) == compiled
+    assert bool(compiler._kernels) == compiled
     monkeypatch.setattr(fused, "is_composable_only", lambda *_: True)
     expected_loss, expected = loss_and_gradients(model, guide, x, y, elbo)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
@@ -105,7 +105,7 @@ def test_equal_weights_do_not_add_up_their_rounding(compiled: bool) -> None:
 def test_compiled_kernels_agree_with_the_others_for_any_number_of_elements(
     dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sums, "_compiled", {})
+    monkeypatch.setattr(compiler, "_kernels", {})
     for size in (70, 1000, 2**17):
         loc = torch.linspace(-2, 3, size, dtype=dtype, requires_grad=True)
         log_scale = torch.linspace(-4, 2, size, dtype=dtype, requires_grad=True)
@@ -117,5 +117,5 @@ def test_compiled_kernels_agree_with_the_others_for_any_number_of_elements(
                 results.append((kl, log_prior, law, *torch.autograd.grad(0.5 * law - log_prior, (loc, log_scale))))
         for expected, got in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-    assert None not in sums._compiled.values()
-    assert len(sums._compiled) == 3  # the gradient; the sum of one row, for 70 elements, and of four
+    assert None not in compiler._kernels.values()
+    assert len(compiler._kernels) == 3  # the gradient; the sum of one row, for 70 elements, and of four

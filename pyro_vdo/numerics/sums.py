@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from pyro_vdo import special
-from pyro_vdo._compat import tensor_traits, tracing
+from pyro_vdo._compat import tensor_traits
+from pyro_vdo.compiler import best
 from pyro_vdo.log_uniform_fit import fit_for, horner, kl_of_ratio, slope_of_ratio
 from pyro_vdo.numerics import fused
 
-Result = TypeVar("Result")
 # Up to here the number of calls costs more than the arithmetic.
 _SHORT = 2**13
-# Compiled kernels are for any number of elements in a row but 1.
-_SMALLEST_COMPILED = 2**6
-# Elements in a row while compiling: so many that a kernel divides them among the threads.
-_EXAMPLE = 2**16
 
 
 @functools.cache
@@ -148,32 +143,15 @@ def _kernel_gradient(
     return dloc, entropy_weight - loc * dloc
 
 
-_compiled: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
-
-
-def _best(chunked: Callable[..., Result], kernel: Callable[..., Result], *args: Tensor, **options: Any) -> Result:
-    """``kernel(*args)``, compiled where that is wanted, possible and worth it; else ``chunked(*args)``."""
-    if not special.use_compiled.enabled or args[0].numel() < _SMALLEST_COMPILED:
-        return chunked(*args, **options)
-    args = tuple(x.contiguous() for x in args)
-    first, threads = args[0], torch.get_num_threads()
-    key = kernel.__name__, first.device, first.dtype, first.shape[:-1], threads, *options.values()
-    if key not in _compiled:
-        examples = (x if x.numel() == 1 else x.new_ones(*x.shape[:-1], _EXAMPLE) for x in args)
-        _compiled[key] = tracing.compiled_or_none(functools.partial(kernel, **options), *examples)
-    compiled = _compiled[key]
-    return chunked(*args, **options) if compiled is None else compiled(*args)
-
-
 def both_sums(loc: Tensor, log_scale: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor, bool]:
     """KL, sum of log_scale, and whether t can be had from the variance without over- and underflow."""
     if loc.device.type == "cpu" and loc.numel() > 0:  # nothing to wait for on the CPU
         scales = log_scale if variance is None else variance
-        total, smallest = _best(_chunked_sum, _kernel_sum, _rows(loc), _rows(scales), of_log_scale=variance is None)
+        total, smallest = best(_chunked_sum, _kernel_sum, _rows(loc), _rows(scales), of_log_scale=variance is None)
         tiny = torch.finfo(loc.dtype).tiny
         if math.isfinite(total.item()) and smallest.item() >= (0.5 * math.log(tiny) if variance is None else tiny):
             return total.to(loc.dtype), log_scale.sum(), True
-    return *_best(_composed_sum, _composed_sum, loc.reshape(-1), log_scale.reshape(-1)), False
+    return *best(_composed_sum, _composed_sum, loc.reshape(-1), log_scale.reshape(-1)), False
 
 
 def both_gradients(
@@ -185,9 +163,9 @@ def both_gradients(
     :param by_variance: as :func:`both_sums` found.
     """
     if not by_variance:
-        return _best(_composed_gradient, _composed_gradient, loc, log_scale, *weights)
+        return best(_composed_gradient, _composed_gradient, loc, log_scale, *weights)
     scales = log_scale if variance is None else variance
-    return _best(_chunked_gradient, _kernel_gradient, loc, scales, *weights, of_log_scale=variance is None)
+    return best(_chunked_gradient, _kernel_gradient, loc, scales, *weights, of_log_scale=variance is None)
 
 
 def expectations(loc: Tensor, log_scale: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor, bool]:
