@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vdo._compat import kernels
+import pyro_vdo as vdo
+from pyro_vdo import compiler
+from pyro_vdo._compat import kernels, tracing
 from pyro_vdo.numerics import products
 from pyro_vdo.numerics.convolution import Options, sample_convolution
 from pyro_vdo.numerics.draws import draw_with_slope
@@ -132,17 +134,23 @@ def test_images_keep_their_layout_and_their_law(layout: torch.memory_format) -> 
         assert (noise[lag:] * noise[:-lag]).mean().abs() < SIGMAS * variance / count**0.5
 
 
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_the_slope_of_the_draw_is_0_where_the_variance_is_0(overwrite: bool) -> None:
-    mean, var = torch.zeros(5), torch.tensor([0.0, 1e-45, 1e-30, 4.0, -1e-9])
+@pytest.mark.parametrize("way", ["new memory", "in place", "one kernel"])
+def test_the_slope_of_the_draw_is_0_where_the_variance_is_0(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mean = torch.full((1, 2, 3, 5), 0.5).contiguous(memory_format=torch.channels_last)
+    var = torch.tensor([0.0, 1e-45, 1e-30, 4.0, -1e-9]).expand_as(mean).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(tracing, "compile_graph", lambda graph, _: graph.forward)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_SMALLEST", 1 if way == "one kernel" else 2**40)
     torch.manual_seed(0)
-    out, slope = draw_with_slope(mean.clone(), var.clone(), overwrite=overwrite)
+    with vdo.use_compiled():
+        out, slope = draw_with_slope(mean.clone(), var.clone(), overwrite=way != "new memory")
+    assert bool(compiler._kernels) == (way == "one kernel")
     torch.manual_seed(0)
-    noise = torch.randn(5)
+    noise = torch.empty_like(mean).copy_(torch.randn(mean.numel()).view(1, 3, 5, 2).permute(0, 3, 1, 2))
     std = var.clamp(min=0).sqrt()
-    torch.testing.assert_close(out, noise * std)
-    assert (slope[[0, 4]] == 0).all()
-    torch.testing.assert_close(slope[1:4], noise[1:4] / std[1:4])
+    torch.testing.assert_close(out, mean + noise * std)
+    assert (slope[..., [0, 4]] == 0).all()
+    torch.testing.assert_close(slope[..., 1:4], noise[..., 1:4] / std[..., 1:4])
 
 
 def test_no_images_meet_particles_of_a_weight() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import pyro_vdo as vdo
 from pyro_vdo import compiler, special
 from pyro_vdo._compat import tracing
-from pyro_vdo.numerics import fused, sums
+from pyro_vdo.numerics import fused, large, sums
 from pyro_vdo.numerics.sums import log_uniform_sums
 from tests.one_step import loss_and_gradients, program
 
@@ -26,10 +26,10 @@ def test_graph_is_one_node_between_the_parameters_and_the_sums() -> None:
 
 
 @pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.parametrize("large", [False, True], ids=["variance kept", "variance anew"])
+@pytest.mark.parametrize("way", ["variance kept", "gradients meet", "variance anew"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_fused_and_composed_steps_agree(
-    particles: int, large: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    particles: int, way: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, guide, x, y = program()
     with torch.no_grad():
@@ -37,14 +37,17 @@ def test_fused_and_composed_steps_agree(
             if name.endswith("log_scale"):
                 param.add_(torch.randn_like(param))
     elbo = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
-    monkeypatch.setattr(fused, "_LARGE", 1 if large else 2**40)
+    monkeypatch.setattr(fused, "_LARGE", 1 if way == "variance anew" else 2**40)
+    monkeypatch.setattr(large, "_LARGE_FOR_ONE_KERNEL", 1 if way == "gradients meet" else 2**40)
     # A kernel stands in for its compiled self: what a compiler makes of it is the compiler's matter.
     monkeypatch.setattr(tracing, "compile_graph", lambda graph, _: graph.forward)
     monkeypatch.setattr(compiler, "_kernels", {})
     monkeypatch.setattr(compiler, "_SMALLEST", 1)
     with vdo.use_compiled(compiled):
         loss, gradients = loss_and_gradients(model, guide, x, y, elbo)
-    assert bool(compiler._kernels) == compiled
+    names = {name for name, *_ in compiler._kernels}
+    assert ("_kernel_sum" in names) == compiled
+    assert ("_kernel_add_gradients_" in names) == (compiled and way != "variance kept" and particles == 1)
     monkeypatch.setattr(fused, "is_composable_only", lambda *_: True)
     expected_loss, expected = loss_and_gradients(model, guide, x, y, elbo)
     assert loss == pytest.approx(expected_loss, rel=1e-6)

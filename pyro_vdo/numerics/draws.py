@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vdo._compat import callers
+from pyro_vdo.compiler import best
 from pyro_vdo.numerics import fused
 
 
@@ -26,6 +27,25 @@ def draw(mean: Tensor, std: Tensor, shape: tuple[int, ...] | None = None) -> Ten
     return _standard_normal(mean, shape).mul_(std).add_(mean)
 
 
+def _slope(noise: Tensor, std: Tensor) -> Tensor:
+    """d (std eps) / d var = eps / (2 std), twice, in place of eps; 0 where std is 0, the only root so small."""
+    return noise.div_(std).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _draw_(mean: Tensor, var: Tensor, noise: Tensor) -> None:
+    """The draw in place of ``mean`` and the slope in place of ``noise``."""
+    std = var.clamp_(min=0).sqrt_()
+    mean.addcmul_(noise, std)
+    _slope(noise, std)
+
+
+def _kernel_draw_(mean: Tensor, var: Tensor, noise: Tensor) -> None:
+    """The same, for torch.compile."""
+    std = var.clamp(min=0).sqrt()
+    mean.add_(noise * std)
+    noise.copy_(torch.where(std > 0, noise / std, 0.0))
+
+
 def draw_with_slope(
     mean: Tensor, var: Tensor, shape: tuple[int, ...] | None = None, *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -34,12 +54,15 @@ def draw_with_slope(
     :param overwrite: True where ``mean`` and ``var`` are needed no more. Outputs of convolutions are so large that new
         memory costs more than arithmetic.
     """
-    std = (var.clamp_(min=0) if overwrite else var.clamp(min=0)).sqrt_()
     noise = _standard_normal(mean, shape)
-    in_place = overwrite and mean.shape == noise.shape  # particles share the moments
-    out = mean.addcmul_(noise, std) if in_place else torch.addcmul(mean, noise, std)
-    # d (std eps) / d var = eps / (2 std). Only 0 itself has a root so small that this is infinite.
-    return out, noise.div_(std).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    if overwrite and mean.shape == noise.shape:  # else particles share the moments
+        if mean.stride() == var.stride() == noise.stride():  # without gaps, as noise has none
+            best(_draw_, _kernel_draw_, *(x.as_strided((x.numel(),), (1,)) for x in (mean, var, noise)))
+        else:
+            _draw_(mean, var, noise)
+        return mean, noise
+    std = var.clamp(min=0).sqrt_()
+    return torch.addcmul(mean, noise, std), _slope(noise, std)
 
 
 def refuse_second_derivative(models: int) -> None:

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pyro_vdo._compat import tensor_traits
+from pyro_vdo.compiler import use_compiled
 from pyro_vdo.numerics import fused
-from pyro_vdo.numerics.sums import along_sums, both_gradients, differentiable_gradients, expectations
+from pyro_vdo.numerics.sums import add_gradients_, along_sums, both_gradients, differentiable_gradients, expectations
 
 # From here on the whole variance costs more than its parts.
 _HUGE = 2**22
+# From here on gradients meet where one kernel adds them; in parts they do so from ``fused._LARGE`` on.
+_LARGE_FOR_ONE_KERNEL = 2**17
 # Elements of a part: it stays in the cache, and the product with it is no slower than with the whole.
 _PART = 2**19
 
@@ -42,6 +45,8 @@ class Ledger:
     def __init__(self) -> None:
         #: whether the gradient of the KL can be had from the variance, see ``both_sums``
         self.by_variance = True
+        #: scale^2, for weights whose variance is kept
+        self.variance: Tensor | None = None
         #: addresses of gradients that nothing else holds, to which others may be added in place
         self.owned: set[int] = set()
 
@@ -58,14 +63,6 @@ class Ledger:
         if gradient.data_ptr() in self.owned and gradient.is_contiguous():
             return gradient
         return gradient.clone(memory_format=torch.contiguous_format)
-
-    def add_gradients_(self, dloc: Tensor, dlog_scale: Tensor, loc: Tensor, log_scale: Tensor, along: Tensor) -> None:
-        """Add the gradients of KL and the sum of log_scale, times ``along``, to contiguous ones."""
-        loc, log_scale, dloc, dlog_scale = (each.reshape(-1) for each in (loc, log_scale, dloc, dlog_scale))
-        for part in fused.chunks(len(loc))[1]:
-            of_part = both_gradients(loc[part], log_scale[part], None, self.by_variance, *along.split(1))
-            dloc[part].add_(of_part[0])
-            dlog_scale[part].add_(of_part[1])
 
 
 class Parameters(NamedTuple):
@@ -118,7 +115,7 @@ class Meeting:
     def of(loc: Tensor, log_scale: Tensor) -> Meeting | None:
         """One for these parameters, where it is worth it: they are large and train on the CPU."""
         if (
-            fused.is_large(loc)
+            (fused.is_large(loc) or (use_compiled.enabled and loc.numel() >= _LARGE_FOR_ONE_KERNEL))
             and loc.device.type == "cpu"
             and loc.requires_grad
             and log_scale.requires_grad
@@ -137,6 +134,7 @@ class Meeting:
         :param variance: scale^2, where it is at hand.
         """
         loc, log_scale = self.loc.detach(), self.log_scale.detach()
+        self.ledger.variance = None if fused.is_large(loc) else variance
         sums: tuple[Tensor, Tensor] = _TicketSums.apply(self._ticket, loc, log_scale, variance, self.ledger)
         return sums
 
@@ -166,7 +164,7 @@ class _Join(Function):
             return *(tensor_traits.owned_view(gradient, loc.shape) for gradient in flat), None
         gradients = [ctx.ledger.own(gradient, loc) for gradient in (dloc, dlog_scale)]
         ctx.ledger.owned.clear()
-        ctx.ledger.add_gradients_(*gradients, loc, log_scale, along)
+        add_gradients_(*gradients, loc, log_scale, ctx.ledger.variance, ctx.ledger.by_variance, *along.split(1))
         return *gradients, None
 
 

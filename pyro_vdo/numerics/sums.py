@@ -143,6 +143,35 @@ def _kernel_gradient(
     return dloc, entropy_weight - loc * dloc
 
 
+def _chunked_add_gradients_(
+    dloc: Tensor,
+    dlog_scale: Tensor,
+    loc: Tensor,
+    variance: Tensor,
+    weight: Tensor,
+    entropy_weight: Tensor,
+    of_log_scale: bool = False,
+) -> None:
+    for part in fused.chunks(len(loc))[1]:
+        more = _chunked_gradient(loc[part], variance[part], weight, entropy_weight, of_log_scale)
+        dloc[part].add_(more[0])
+        dlog_scale[part].add_(more[1])
+
+
+def _kernel_add_gradients_(
+    dloc: Tensor,
+    dlog_scale: Tensor,
+    loc: Tensor,
+    variance: Tensor,
+    weight: Tensor,
+    entropy_weight: Tensor,
+    of_log_scale: bool = False,
+) -> None:
+    more = _kernel_gradient(loc, variance, weight, entropy_weight, of_log_scale)
+    dloc.add_(more[0])
+    dlog_scale.add_(more[1])
+
+
 def both_sums(loc: Tensor, log_scale: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor, bool]:
     """KL, sum of log_scale, and whether t can be had from the variance without over- and underflow."""
     if loc.device.type == "cpu" and loc.numel() > 0:  # nothing to wait for on the CPU
@@ -166,6 +195,27 @@ def both_gradients(
         return best(_composed_gradient, _composed_gradient, loc, log_scale, *weights)
     scales = log_scale if variance is None else variance
     return best(_chunked_gradient, _kernel_gradient, loc, scales, *weights, of_log_scale=variance is None)
+
+
+def add_gradients_(
+    dloc: Tensor,
+    dlog_scale: Tensor,
+    loc: Tensor,
+    log_scale: Tensor,
+    variance: Tensor | None,
+    by_variance: bool,
+    *weights: Tensor,
+) -> None:
+    """Add :func:`both_gradients` to others, contiguous ones on the CPU; all have the shape of the weight."""
+    dloc, dlog_scale, loc, log_scale = (each.reshape(-1) for each in (dloc, dlog_scale, loc, log_scale))
+    if by_variance:
+        of_log_scale = variance is None
+        into = dloc, dlog_scale, loc, log_scale if variance is None else variance.reshape(-1), *weights
+        best(_chunked_add_gradients_, _kernel_add_gradients_, *into, of_log_scale=of_log_scale)
+    else:
+        more = both_gradients(loc, log_scale, None, False, *weights)
+        dloc.add_(more[0])
+        dlog_scale.add_(more[1])
 
 
 def expectations(loc: Tensor, log_scale: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor, bool]:
