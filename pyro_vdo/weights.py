@@ -190,7 +190,9 @@ class GaussianWeight(Undrawn):
         if variance is not None and variance.shape != loc.shape:
             return None
         keep = self.kept is not None or not fused.is_large(loc)
-        return Parameters(loc, log_scale, variance, keep, None if self._meeting is None else self._meeting.ledger)
+        if self._meeting is not None:
+            return Parameters(loc, self._meeting.log_scale_of_maps, variance, keep, self._meeting.ledger)
+        return Parameters(loc, log_scale, variance, keep)
 
     def sample_linear(self, x: Tensor, bias: Any) -> Tensor | None:
         """A draw of ``F.linear(x, w, b)`` by a faster way, where there is one."""

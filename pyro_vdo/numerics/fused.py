@@ -128,6 +128,13 @@ def variance(log_scale: Tensor) -> Tensor:
     return _Variance.apply(log_scale)  # type: ignore[no-any-return]
 
 
+def times_variance_(tensor: Tensor, log_scale: Tensor) -> None:
+    """Multiply the contiguous ``tensor`` by exp(2 log_scale), in parts that stay in the cache on the CPU."""
+    flat, logs = tensor.view(-1), log_scale.reshape(-1)
+    for part in chunks(len(flat))[1] if tensor.device.type == "cpu" else [slice(None)]:
+        flat[part].mul_(constant_variance(logs[part]))
+
+
 def chunks(length: int) -> tuple[int, list[slice]]:
     """Parts of a vector on the CPU that stay in the cache of a core each, and the size of the largest."""
     size = min(length, _CHUNK * torch.get_num_threads())

@@ -69,7 +69,7 @@ class Parameters(NamedTuple):
     """A weight Normal(loc, scale^2) as the maps of one autograd node take it.
 
     :param loc: mean.
-    :param log_scale: of the same shape, where the gradient goes.
+    :param log_scale: of the same shape, where the gradient goes, without its factor scale^2 if there is a ledger.
     :param variance: of the same shape, exp(2 log_scale) or 0, taken as a constant; None to compute it in parts.
     :param keep_variance: False where the backward pass may compute exp(2 log_scale) anew.
     :param ledger: of the weight, where it has one.
@@ -101,7 +101,8 @@ class Meeting:
     """Where the gradients of one weight meet in one pass: those from the data and those of E log p and E log q.
 
     E log p and E log q hang on a ticket in place of the parameters. The gradient of the ticket says how much of theirs
-    is wanted, which is then added to the one from the data.
+    is wanted, which is then added to the one from the data. Maps have a ``log_scale`` of their own: the gradient along
+    it is the one along log_scale without its factor scale^2, which is multiplied in the same pass.
 
     :param loc: parameter.
     :param log_scale: parameter; this pass uses the attributes ``loc`` and ``log_scale`` in their place.
@@ -109,7 +110,7 @@ class Meeting:
 
     def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
         self.ledger = Ledger()
-        self.loc, self.log_scale, self._ticket = _Join.apply(loc, log_scale, self.ledger)
+        self.loc, self.log_scale, self.log_scale_of_maps, self._ticket = _Join.apply(loc, log_scale, self.ledger)
 
     @staticmethod
     def of(loc: Tensor, log_scale: Tensor) -> Meeting | None:
@@ -140,31 +141,39 @@ class Meeting:
 
 
 class _Join(Function):
-    """(loc, log_scale) -> the same and a ticket."""
+    """(loc, log_scale) -> the same, log_scale for maps and a ticket."""
 
     @staticmethod
-    def forward(ctx: Any, loc: Tensor, log_scale: Tensor, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, loc: Tensor, log_scale: Tensor, ledger: Ledger) -> tuple[Tensor, ...]:
         ctx.ledger = ledger
         # Not saved for backward: a pass for the data alone would free them, and one for the KL may follow.
         ctx.loc, ctx.log_scale = loc, log_scale
         ctx.set_materialize_grads(False)
-        return loc.detach(), log_scale.detach(), loc.new_zeros(2)
+        return loc.detach(), log_scale.detach(), log_scale.detach(), loc.new_zeros(2)
 
     @staticmethod
-    def backward(ctx: Any, dloc: Tensor | None, dlog_scale: Tensor | None, along: Tensor | None) -> Any:
+    def backward(
+        ctx: Any, dloc: Tensor | None, dlog_scale: Tensor | None, of_maps: Tensor | None, along: Tensor | None
+    ) -> Any:
+        loc, log_scale = ctx.loc, ctx.log_scale
+        if of_maps is not None and (along is None or dlog_scale is not None):
+            of_maps = ctx.ledger.own(of_maps, loc)
+            fused.times_variance_(of_maps, log_scale)
+            dlog_scale, of_maps = of_maps if dlog_scale is None else dlog_scale + of_maps, None
         if along is None:
             ctx.ledger.owned.clear()
             return dloc, dlog_scale, None
-        loc, log_scale = ctx.loc, ctx.log_scale
         if torch.is_grad_enabled():  # a derivative of this derivative is wanted
             more = differentiable_gradients(loc, log_scale, *along.unbind())
             return *(b if a is None else b + a for a, b in zip((dloc, dlog_scale), more, strict=True)), None
-        if dloc is None and dlog_scale is None:  # no data met the weight
+        if dloc is None and dlog_scale is None and of_maps is None:  # no data met the weight
             flat = both_gradients(loc.reshape(-1), log_scale.reshape(-1), None, ctx.ledger.by_variance, *along.split(1))
             return *(tensor_traits.owned_view(gradient, loc.shape) for gradient in flat), None
-        gradients = [ctx.ledger.own(gradient, loc) for gradient in (dloc, dlog_scale)]
-        ctx.ledger.owned.clear()
-        add_gradients_(*gradients, loc, log_scale, ctx.ledger.variance, ctx.ledger.by_variance, *along.split(1))
+        ledger, lacks_factor = ctx.ledger, of_maps is not None
+        gradients = [ledger.own(gradient, loc) for gradient in (dloc, of_maps if lacks_factor else dlog_scale)]
+        ledger.owned.clear()
+        parameters = loc, log_scale, ledger.variance, ledger.by_variance
+        add_gradients_(*gradients, *parameters, *along.split(1), times_variance=lacks_factor)
         return *gradients, None
 
 

@@ -34,13 +34,6 @@ def _linear_mean_and_std(*arguments: Any) -> tuple[Tensor, Tensor]:
     return mean, var.clamp_(min=0).sqrt_()
 
 
-def _times_variance_(tensor: Tensor, log_scale: Tensor) -> None:
-    """Multiply ``tensor`` by exp(2 log_scale), in parts that stay in the cache on the CPU."""
-    flat, logs = tensor.view(-1), log_scale.detach().reshape(-1)
-    for part in fused.chunks(len(flat))[1] if tensor.device.type == "cpu" else [slice(None)]:
-        flat[part].mul_(fused.constant_variance(logs[part]))
-
-
 def _times_whole_variance(along_var: Tensor, log_scale: Tensor) -> Tensor:
     """along_var @ exp(2 log_scale)."""
     if not is_huge(log_scale):
@@ -94,10 +87,8 @@ class _SampleLinear(Function):
             dloc = matmul(grad.mT, data)
         if need_log_scale:
             dlog_scale = matmul(along_var.mT, data * data)
-            if variance is None:
-                _times_variance_(dlog_scale, kept)
-            else:
-                dlog_scale.mul_(variance)
+            if ctx.ledger is None:
+                fused.times_variance_(dlog_scale, kept) if variance is None else dlog_scale.mul_(variance)
         if need_bias:
             dbias = grad.sum(0)
         if ctx.ledger is not None:

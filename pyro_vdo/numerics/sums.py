@@ -150,11 +150,15 @@ def _chunked_add_gradients_(
     variance: Tensor,
     weight: Tensor,
     entropy_weight: Tensor,
-    of_log_scale: bool = False,
+    of_log_scale: bool,
+    times_variance: bool,
 ) -> None:
     for part in fused.chunks(len(loc))[1]:
-        more = _chunked_gradient(loc[part], variance[part], weight, entropy_weight, of_log_scale)
+        var = fused.constant_variance(variance[part]) if of_log_scale else variance[part]
+        more = _chunked_gradient(loc[part], var, weight, entropy_weight)
         dloc[part].add_(more[0])
+        if times_variance:
+            dlog_scale[part].mul_(var)
         dlog_scale[part].add_(more[1])
 
 
@@ -165,11 +169,14 @@ def _kernel_add_gradients_(
     variance: Tensor,
     weight: Tensor,
     entropy_weight: Tensor,
-    of_log_scale: bool = False,
+    of_log_scale: bool,
+    times_variance: bool,
 ) -> None:
-    more = _kernel_gradient(loc, variance, weight, entropy_weight, of_log_scale)
+    if of_log_scale:
+        variance = (2.0 * variance).exp()
+    more = _kernel_gradient(loc, variance, weight, entropy_weight)
     dloc.add_(more[0])
-    dlog_scale.add_(more[1])
+    dlog_scale.copy_((dlog_scale * variance if times_variance else dlog_scale) + more[1])
 
 
 def both_sums(loc: Tensor, log_scale: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor, bool]:
@@ -205,14 +212,21 @@ def add_gradients_(
     variance: Tensor | None,
     by_variance: bool,
     *weights: Tensor,
+    times_variance: bool,
 ) -> None:
-    """Add :func:`both_gradients` to others, contiguous ones on the CPU; all have the shape of the weight."""
+    """Add :func:`both_gradients` to others, contiguous ones on the CPU; all have the shape of the weight.
+
+    :param times_variance: True where ``dlog_scale`` has to be multiplied by scale^2 first.
+    """
     dloc, dlog_scale, loc, log_scale = (each.reshape(-1) for each in (dloc, dlog_scale, loc, log_scale))
     if by_variance:
         of_log_scale = variance is None
         into = dloc, dlog_scale, loc, log_scale if variance is None else variance.reshape(-1), *weights
-        best(_chunked_add_gradients_, _kernel_add_gradients_, *into, of_log_scale=of_log_scale)
+        options = {"of_log_scale": of_log_scale, "times_variance": times_variance}
+        best(_chunked_add_gradients_, _kernel_add_gradients_, *into, **options)
     else:
+        if times_variance:
+            fused.times_variance_(dlog_scale, log_scale)
         more = both_gradients(loc, log_scale, None, False, *weights)
         dloc.add_(more[0])
         dlog_scale.add_(more[1])
