@@ -50,6 +50,8 @@ def from_pyro_svi(
 
     Groups: ``posterior`` (latent and deterministic sites), ``posterior_predictive``, ``log_likelihood`` (by data point,
     not scaled by subsampling, in float64), ``observed_data``, ``constant_data``, ``sample_stats`` and ``variational``.
+    What a ``pyro.factor`` adds is in ``lp`` alone, and masked data have log likelihood 0; for LOO of censored data
+    write ``pyro.sample("later", Bernoulli(survival), obs=torch.ones(n))`` in place of a factor.
     ``sample_stats`` has ``lp`` = log p(data, latent) and ``log_q``, scaled by plates as in the ELBO, and, unless the
     model only predicts, ``log_weight`` = lp - log_q. Where a prior is improper (``LogUniform``,
     ``EmpiricalBayesNormal`` at real numbers), lp lacks a meaningful constant and has poles at w = 0;

@@ -290,6 +290,29 @@ def test_a_layer_that_reads_the_weights_of_its_children(form: str) -> None:
         )
 
 
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.embed, self.encoder, self.last = nn.Embedding(7, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.last(self.encoder(self.embed(tokens), src_key_padding_mask=tokens == 0)[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_padded_sequences_that_torch_packs() -> None:
+    net, tokens = Padded(), torch.tensor([[1, 2, 3, 4], [5, 6, 1, 0], [2, 3, 0, 0]])
+    with torch.no_grad():
+        net.encoder.layers[0].linear1.weight[::2] = 0
+        net.last.weight[:, 1] = 0
+        want = net.eval()(tokens)
+        small = compact_module(net, tokens)
+        close(small(tokens), want)
+    assert small.encoder.layers[0].linear1.out_features == 8
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 class WithInput(nn.Module):
     def __init__(self) -> None:
         super().__init__()

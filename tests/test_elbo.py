@@ -213,6 +213,41 @@ def test_enumerated_discrete_latent(how: dict[str, int]) -> None:
     EnumProblem().check(elbo, particles=how.get("num_particles", 1))
 
 
+def test_a_network_of_an_enumerated_variable_with_drawn_weights() -> None:
+    torch.manual_seed(0)
+    x, latent, classes = torch.randn(N, 2), torch.randn(N, 2), torch.eye(3)
+    net = vdo.to_bayesian(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), vdo.LogUniform())
+
+    def outputs(label: Tensor, net: Any) -> Tensor:
+        return net(
+            torch.cat([classes[label].expand(*label.shape[:-1], N, 3), latent.expand(*label.shape[:-1], N, 2)], -1)
+        )
+
+    def model() -> None:
+        data = pyro.plate("data", FULL, subsample_size=N)
+        with data:
+            label = pyro.sample("label", dist.Categorical(torch.ones(3) / 3), infer={"enumerate": "parallel"})
+        mean = outputs(label, net)
+        with data:
+            pyro.sample("x", dist.Normal(mean, 0.5).to_event(1), obs=x)
+
+    guide = vdo.AutoFactorizedNormal(
+        poutine.block(model, hide=["label"]), init_scale=0.3, draw=["0.weight", "2.weight"]
+    ).setup()
+    pyro.set_rng_seed(1)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide)
+    pyro.set_rng_seed(1)
+    first, second = (w.draw() for w in guide().values())
+
+    def by_hand(x: Tensor) -> Tensor:
+        return nn.functional.linear((x @ first.mT + net[0].bias).tanh(), second, net[2].bias)
+
+    means = [outputs(torch.full((N,), label), by_hand) for label in range(3)]
+    likelihood = torch.stack([dist.Normal(mean, 0.5).log_prob(x).sum(-1) for mean in means]).logsumexp(0) - math.log(3)
+    kl = sum(reference_kl(q.loc, q.scale) for q in guide.posteriors().values())
+    assert loss == pytest.approx(float(kl - FULL / N * likelihood.detach().sum()), rel=1e-5)
+
+
 def test_elbo_module_gives_the_same_gradient() -> None:
     """``Trace_ELBO()(model, guide)`` is a module whose loss goes to any torch optimizer."""
     problem = Problem()

@@ -79,6 +79,26 @@ def test_local_predictions_have_the_distribution_of_drawn_weights() -> None:
     assert bool(((frequencies[0] - frequencies[1]).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_a_sparse_design_has_the_predictions_of_a_dense_one(layout: torch.layout) -> None:
+    torch.manual_seed(0)
+    net = vdo.to_bayesian(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)), vdo.LogUniform())
+    x = torch.randn(6, 5) * (torch.rand(6, 5) > 0.5)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        mean = net(x).squeeze(-1)
+        with pyro.plate("data", 6):
+            return pyro.sample("y", dist.Normal(mean, 0.1))
+
+    guide = vdo.AutoFactorizedNormal(poutine.block(model, hide=["y"]), init_scale=0.3).setup(x)
+    samples = []
+    for data in (x, x.to_sparse(layout=layout)):
+        pyro.set_rng_seed(0)
+        samples.append(vdo.LocalPredictive(model, guide, 20)(data)["y"])
+    torch.testing.assert_close(*samples)
+
+
 @pytest.mark.parametrize("plates", [1, 2])
 @pytest.mark.parametrize("nesting", [None, 2])
 def test_deterministic_sites_and_returned_values_have_the_shapes_of_predictive(

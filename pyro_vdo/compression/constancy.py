@@ -170,10 +170,13 @@ def known_inputs(module: nn.Module, layers: Mapping[str, nn.Module], example: tu
         return hook
 
     hooks = [layer.register_forward_pre_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
+    fused_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it packs padded sequences into nested tensors
     try:
         with _Propagation(unknown):
             module(*unknown)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused_attention)
         for hook in hooks:
             hook.remove()
     return {name: values[0] for name, values in seen.items() if len(values) == 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
@@ -31,7 +32,7 @@ class Moments:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
+    if a is None or b is None or not (a.layout is b.layout is torch.strided):  # sparse tensors have no one place
         return a is b
     places = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (a, b)]
     return a is b or (a.numel() > 0 and places[0] == places[1])
