@@ -54,7 +54,7 @@ def from_pyro_svi(
     model only predicts, ``log_weight`` = lp - log_q. Where a prior is improper (``LogUniform``,
     ``EmpiricalBayesNormal`` at real numbers), lp lacks a meaningful constant and has poles at w = 0;
     ``log_weight_proper`` then takes N(0, mu^2 + sigma^2), the best Normal prior for this posterior (Kharitonov et al.
-    2018), in its place. ``variational`` has ``<site>_loc``,
+    2018), in its place, where q is a Normal that depends on no other draw. ``variational`` has ``<site>_loc``,
     ``<site>_scale`` and, for real-valued sites, ``<site>_log_alpha`` and ``<site>_kept`` (constrained sites: in
     unconstrained space), or the parameters of the guide where it is not mean-field.
 
@@ -344,10 +344,11 @@ def _with_dims(labels: Labels, site: Site, dims: tuple[str, ...]) -> Part:
 
 
 def _is_one_of(value: Any, tensors: Sequence[Tensor]) -> bool:
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
+        return False
     tensor = torch.as_tensor(value)
-    return any(
-        tensor.shape == other.shape and (tensor is other or torch.equal(tensor.to(other), other)) for other in tensors
-    )
+    same_shape = ((tensor.to(other), other) for other in tensors if tensor.shape == other.shape)
+    return any(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in same_shape)  # nan: a missing value
 
 
 def _attributes() -> dict[str, str]:

@@ -138,7 +138,7 @@ class Sampler:
                 n["type"] == "sample" and n["is_observed"] and not n["infer"].get("_deterministic")
                 for n in model_trace.nodes.values()
             )
-            self.parameters = site_parameters(guide, guide_trace, model_trace)
+            self.parameters = site_parameters(guide, [guide_trace, self._guide_pass(None)], model_trace)
             self.guide_params = guide_params(guide_trace)
             self._plate_dim = -1 - plate_nesting(guide_trace, model_trace)
             self.several_observed = len(observed) > 1
