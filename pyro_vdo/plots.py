@@ -55,8 +55,12 @@ def plot_log_alpha(
     :param bins: number of bars; by default up to 80, fewer for few weights.
     :param axes: axes to draw on, one for each site.
     :returns: an array of axes, one for each site. Values beyond the range (inf for means of 0) are in the outer bars.
+    :raises ValueError: for a threshold that is not finite, or bins below 1.
     """
-    relevance.checked_threshold(threshold)
+    if not math.isfinite(relevance.checked_threshold(threshold)):
+        raise ValueError(f"plot_log_alpha: threshold must be finite, to have a place in the picture, not {threshold}")
+    if bins is not None and bins < 1:
+        raise ValueError(f"plot_log_alpha: bins must be at least 1, not {bins}")
     chosen = sites_of(guide, sites)
     values = {name: a.flatten().cpu().double().numpy() for name, a in relevance.log_alpha(chosen).items()}
     finite = np.concatenate([v[np.isfinite(v)] for v in values.values()])
@@ -86,7 +90,7 @@ def _log_alpha_bars(ax: Axes, name: str, value: Array, edges: Array, threshold: 
     ax.set_ylim(0, max(counts.max(), 1) * 3)
     ax.set_ylabel("weights", fontsize=9, color=INK)
     kept, beyond = int((value < threshold).sum()), int((value > edges[-1]).sum())
-    title = f"{name}: {kept:,} of {value.size:,} kept ({100 * kept / value.size:.3g} %)"
+    title = f"{name}: {kept:,} of {value.size:,} kept ({100 * kept / max(value.size, 1):.3g} %)"
     ax.set_title(title, fontsize=10, loc="left", color=INK)
     if beyond:
         text = f"last bar: {beyond:,} from {edges[-1]:.0f} on"

@@ -89,6 +89,18 @@ def test_histogram_of_log_alpha_with_means_of_zero(dense: Any) -> None:
     assert any(f"last bar: {beyond} from" in text.get_text() for text in ax.texts)
 
 
+def test_settings_of_no_picture_are_named_and_a_layer_without_weights_is_drawn(dense: Any) -> None:
+    with pytest.raises(ValueError, match="threshold must be finite"):
+        plots.plot_log_alpha(dense, threshold=float("inf"))
+    with pytest.raises(ValueError, match="bins must be at least 1, not 0"):
+        plots.plot_log_alpha(dense, bins=0)
+    with pytest.raises(ValueError, match="count must be at least 1, not 0"):
+        plots.plot_filters(dense, image_shape=(4, 4), count=0)
+    empty = torch.distributions.Normal(torch.zeros(3, 0), torch.ones(3, 0))
+    axes = plots.plot_log_alpha({"none": empty, **dense.posteriors()})
+    assert axes[0].get_title(loc="left") == "none: 0 of 0 kept (0 %)"
+
+
 def test_training_shows_the_history() -> None:
     frame = pd.DataFrame(history())
     axes = plots.plot_training(history())
