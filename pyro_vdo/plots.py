@@ -129,10 +129,13 @@ def plot_training(history: Any, *, axes: Any = None) -> Array:
         axes[2].set_ylim(bottom=0)
     for ax in axes:
         clean(ax)
+        for line in ax.lines:
+            if np.isfinite(line.get_ydata()).sum() == 1:  # a line needs two points
+                line.set_marker("o")
         ax.grid(axis="y", color="#eceff3", lw=0.8)
         ax.set_axisbelow(True)
     axes[-1].set_xlabel("epoch", color=INK)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return axes  # type: ignore[no-any-return]
 
 
@@ -149,7 +152,7 @@ def _elbo_parts(ax: Axes, frame: pd.DataFrame) -> None:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
     ax.set_ylabel("nats, all data", color=INK)
     ax.set_title("Parts of the ELBO", fontsize=10, loc="left", color=INK)
     ax.legend(frameon=False, fontsize=8, ncols=2)

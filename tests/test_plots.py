@@ -120,6 +120,16 @@ def test_training_shows_the_history() -> None:
         plots.plot_training(frame, axes=plt.subplots()[1])
 
 
+def test_one_epoch_is_a_point_and_ticks_are_not_rounded() -> None:
+    axes = plots.plot_training(history(1))
+    assert all(line.get_marker() == "o" for ax in axes for line in ax.lines)
+    assert [tick for tick in axes[-1].get_xticks() if 0.9 < tick < 1.1] == [1]
+    label = plots.plot_training(history())[0].yaxis.get_major_formatter()
+    assert [label(v, 0) for v in (2.5, 0.1 + 0.2, 0.0, -7.5, 17_892.0, 2e6)] == [
+        "2.5", "0.3", "0", "-7.5", "17,892", "2,000,000"
+    ]  # fmt: skip
+
+
 def test_filters_show_means_and_hide_what_is_pruned(dense: Any) -> None:
     axes = plots.plot_filters(dense, image_shape=(4, 4), count=9, threshold=3.0)
     q = dense.posteriors()["0.weight"]
