@@ -159,6 +159,21 @@ def test_deterministic_sites_that_mix_draws_are_drawn_one_by_one(own: bool, offs
     assert group(from_pyro_svi(vectorizes, guide, y, num_samples=5), "posterior").attrs["vectorized"] == 1
 
 
+def test_predictions_without_data_do_not_mix_draws() -> None:
+    x = torch.randn(6, 3)
+
+    def model(x: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        share = w.softmax(0)  # over all draws, if there are several
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((x * share).sum(-1), 0.001))
+
+    guide = vdo.AutoFactorizedNormal(pyro.poutine.block(model, hide=["y"]), init_scale=1.0).setup(x)
+    idata = from_pyro_svi(model, guide, x, num_samples=40)
+    share = torch.as_tensor(group(idata, "posterior")["w"].values[0]).softmax(-1)
+    np.testing.assert_allclose(group(idata, "posterior_predictive")["y"].values[0], share @ x.T, atol=0.01)
+
+
 def test_predictions_that_depend_on_other_predictions_do_not_mix_draws() -> None:
     def model(x: torch.Tensor, y: torch.Tensor) -> None:
         m = pyro.sample("m", dist.Normal(0.0, 5.0))

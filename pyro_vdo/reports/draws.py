@@ -210,6 +210,13 @@ class Sampler:
         pairs = [(together.log_likelihood[n], torch.cat([b.log_likelihood[n] for b in alone])) for n in self._laws]
         values = [(together.values[name], torch.cat([b.values[name] for b in alone])) for name in computed]
         values.append((together.log_p, torch.cat([b.log_p for b in alone])))
+        for name, site in self.sites.items():
+            if site.kind == "predicted":  # counts in no joint density
+                several, *each = (
+                    self._drawn(t.nodes[name]["unscaled_log_prob"], site, count, site.batch_shape)
+                    for t, count in ((trace, size), *((single, None) for single in passes))
+                )
+                values.append((several, torch.cat(each)))
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs) and all(_alike(*v) for v in values)
 
     def _singles(self, trace: Any, size: int) -> list[dict[str, Tensor]]:
