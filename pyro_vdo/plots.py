@@ -267,7 +267,8 @@ def plot_forest(
     order = np.argsort(wide["mean"].to_numpy())
     wide, inner = wide.iloc[order], inner.iloc[order]
     target: Axes = figure_axes(ax, 1, 1, 6.8, 1.3 + 0.26 * len(wide))[0, 0]
-    site_of = [row.partition("[")[0] for row in wide.index]
+    owners = np.repeat(list(chosen), [q.mean.numel() for q in chosen.values()])
+    site_of = owners[best.cpu().numpy()][order].tolist()
     colours = dict(zip(dict.fromkeys(site_of), _LAYERS * len(wide), strict=False))
     outer_ends, inner_ends = wide.iloc[:, 2:4].to_numpy(), inner.iloc[:, 2:4].to_numpy()
     for y, name in enumerate(site_of):

@@ -225,6 +225,13 @@ def test_forest_shows_the_strongest_weights_and_their_intervals(dense: Any) -> N
     assert everything.get_title(loc="left").startswith(f"All {len(table):,}")
 
 
+def test_forest_tells_sites_with_brackets_in_their_names_apart() -> None:
+    normal = torch.distributions.Normal(torch.ones(2), torch.ones(2))
+    legend = plots.plot_forest({"w[0]": normal, "w[1]": normal}).get_legend()
+    assert legend is not None
+    assert {text.get_text() for text in legend.get_texts()} == {"w[0]", "w[1]"}
+
+
 def test_reliability_curve() -> None:
     found = diagnostics.calibration(np.tile([0.8, 0.2], (10, 1)), [0] * 6 + [1] * 4, bins=5)
     ax = plots.plot_reliability(found)
