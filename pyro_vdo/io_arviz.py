@@ -70,7 +70,8 @@ def from_pyro_svi(
     :param num_samples: draws in each chain.
     :param var_names: sites of the posterior group; all by default.
     :param sel: labels to select by dimension, as in ``xarray.Dataset.sel``, e.g. ``{"0.weight_in": [3, 7]}``.
-    :param kept_only: only the weights with log alpha < threshold (in any chain), in one dimension ``<site>_kept``.
+    :param kept_only: only the weights with log alpha < threshold (in any chain), in one dimension ``<site>_kept``;
+        sites without any are left out, and with all of them ArviZ 0.x leaves out the group.
     :param thin: store every ``thin``-th draw of the posterior group; the other groups keep all draws.
     :param constant_data: True for the array arguments of the model that are not observed, or a mapping of tensors or
         of what numpy makes arrays of.
