@@ -152,18 +152,21 @@ def calibration(probabilities: Any, labels: Any, *, bins: int = 15) -> Calibrati
     :param probabilities: of shape (n, classes), rows summing to 1; averages over draws, if there are draws.
     :param labels: the right classes, of shape (n,).
     :param bins: bins of equal width in (0, 1].
-    :raises ValueError: for shapes that do not fit, rows that are no probabilities, or labels that are no classes.
+    :raises ValueError: for shapes that do not fit, rows that are no probabilities, labels that are no classes, or
+        ``bins`` below 1.
     """
-    p, y = _as_array(probabilities), _as_array(labels).astype(int)
+    if bins < 1:
+        raise ValueError(f"calibration: bins must be at least 1, not {bins}")
+    p, y = _as_array(probabilities), _as_array(labels)
     if p.ndim != 2 or y.shape != p.shape[:1]:
         raise ValueError(
             f"calibration: probabilities have shape {p.shape}, labels {y.shape}; need (n, classes) and (n,)"
         )
     _check_probabilities(p)
-    if y.min() < 0 or y.max() >= p.shape[1]:
+    if not np.isin(y, np.arange(p.shape[1])).all():
         raise ValueError(
-            f"calibration: labels lie between {y.min()} and {y.max()}, classes between 0 and {p.shape[1] - 1}; count "
-            "classes from 0, and leave points without a label out"
+            f"calibration: labels lie between {y.min():g} and {y.max():g}, classes between 0 and {p.shape[1] - 1}; "
+            "count classes from 0 in whole numbers, and leave points without a label out"
         )
     confidence, right = p.max(1), p.argmax(1) == y
     edges = np.linspace(0, 1, bins + 1)

@@ -56,7 +56,7 @@ def from_pyro_svi(
     model only predicts, ``log_weight`` = lp - log_q. Where a prior is improper (``LogUniform``,
     ``EmpiricalBayesNormal`` at real numbers), lp lacks a meaningful constant and has poles at w = 0;
     ``log_weight_proper`` then takes N(0, mu^2 + sigma^2), the best Normal prior for this posterior (Kharitonov et al.
-    2018), in its place. ``variational`` has ``<site>_loc``,
+    2018), in its place, where q is a Normal that depends on no other draw. ``variational`` has ``<site>_loc``,
     ``<site>_scale`` and, for real-valued sites, ``<site>_log_alpha`` and ``<site>_kept`` (constrained sites: in
     unconstrained space), or the parameters of the guide where it is not mean-field.
 
@@ -72,7 +72,8 @@ def from_pyro_svi(
     :param num_samples: draws in each chain.
     :param var_names: sites of the posterior group; all by default.
     :param sel: labels to select by dimension, as in ``xarray.Dataset.sel``, e.g. ``{"0.weight_in": [3, 7]}``.
-    :param kept_only: only the weights with log alpha < threshold (in any chain), in one dimension ``<site>_kept``.
+    :param kept_only: only the weights with log alpha < threshold (in any chain), in one dimension ``<site>_kept``;
+        sites without any are left out, and with all of them ArviZ 0.x leaves out the group.
     :param thin: store every ``thin``-th draw of the posterior group; the other groups keep all draws.
     :param constant_data: True for the array arguments of the model that are not observed, or a mapping of tensors or
         of what numpy makes arrays of.
@@ -346,10 +347,11 @@ def _with_dims(labels: Labels, site: Site, dims: tuple[str, ...]) -> Part:
 
 
 def _is_one_of(value: Any, tensors: Sequence[Tensor]) -> bool:
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
+        return False
     tensor = torch.as_tensor(value)
-    return any(
-        tensor.shape == other.shape and (tensor is other or torch.equal(tensor.to(other), other)) for other in tensors
-    )
+    same_shape = ((tensor.to(other), other) for other in tensors if tensor.shape == other.shape)
+    return any(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in same_shape)  # nan: a missing value
 
 
 def _attributes() -> dict[str, str]:

@@ -34,7 +34,8 @@ class WeightLayout:
             inputs = [mask.any(0).any(1 - side) for side in (0, 1)]
             return inputs[0].new_tensor([*inputs[0].tolist(), *inputs[1].tolist()]), mask.flatten(1).any(1)
         # (groups, this side of the matrix in the group, the other side, kernel)
-        grouped = mask.reshape(self.groups, mask.shape[0] // self.groups, mask.shape[1], -1).any(3)
+        kernel = mask.shape[2:].numel()  # not -1, which is unknown where there are no weights
+        grouped = mask.reshape(self.groups, mask.shape[0] // self.groups, mask.shape[1], kernel).any(3)
         first, second = grouped.any(2).flatten(), grouped.any(1).flatten()
         return (first, second) if self.kind == "transposed" else (second, first)
 

@@ -55,8 +55,12 @@ def plot_log_alpha(
     :param bins: number of bars; by default up to 80, fewer for few weights.
     :param axes: axes to draw on, one for each site.
     :returns: an array of axes, one for each site. Values beyond the range (inf for means of 0) are in the outer bars.
+    :raises ValueError: for a threshold that is not finite, or bins below 1.
     """
-    relevance.checked_threshold(threshold)
+    if not math.isfinite(relevance.checked_threshold(threshold)):
+        raise ValueError(f"plot_log_alpha: threshold must be finite, to have a place in the picture, not {threshold}")
+    if bins is not None and bins < 1:
+        raise ValueError(f"plot_log_alpha: bins must be at least 1, not {bins}")
     chosen = sites_of(guide, sites)
     values = {name: a.flatten().cpu().double().numpy() for name, a in relevance.log_alpha(chosen).items()}
     finite = np.concatenate([v[np.isfinite(v)] for v in values.values()])
@@ -86,7 +90,7 @@ def _log_alpha_bars(ax: Axes, name: str, value: Array, edges: Array, threshold: 
     ax.set_ylim(0, max(counts.max(), 1) * 3)
     ax.set_ylabel("weights", fontsize=9, color=INK)
     kept, beyond = int((value < threshold).sum()), int((value > edges[-1]).sum())
-    title = f"{name}: {kept:,} of {value.size:,} kept ({100 * kept / value.size:.3g} %)"
+    title = f"{name}: {kept:,} of {value.size:,} kept ({100 * kept / max(value.size, 1):.3g} %)"
     ax.set_title(title, fontsize=10, loc="left", color=INK)
     if beyond:
         text = f"last bar: {beyond:,} from {edges[-1]:.0f} on"
@@ -125,10 +129,13 @@ def plot_training(history: Any, *, axes: Any = None) -> Array:
         axes[2].set_ylim(bottom=0)
     for ax in axes:
         clean(ax)
+        for line in ax.lines:
+            if np.isfinite(line.get_ydata()).sum() == 1:  # a line needs two points
+                line.set_marker("o")
         ax.grid(axis="y", color="#eceff3", lw=0.8)
         ax.set_axisbelow(True)
     axes[-1].set_xlabel("epoch", color=INK)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return axes  # type: ignore[no-any-return]
 
 
@@ -145,7 +152,7 @@ def _elbo_parts(ax: Axes, frame: pd.DataFrame) -> None:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
     ax.set_ylabel("nats, all data", color=INK)
     ax.set_title("Parts of the ELBO", fontsize=10, loc="left", color=INK)
     ax.legend(frameon=False, fontsize=8, ncols=2)
@@ -260,7 +267,8 @@ def plot_forest(
     order = np.argsort(wide["mean"].to_numpy())
     wide, inner = wide.iloc[order], inner.iloc[order]
     target: Axes = figure_axes(ax, 1, 1, 6.8, 1.3 + 0.26 * len(wide))[0, 0]
-    site_of = [row.partition("[")[0] for row in wide.index]
+    owners = np.repeat(list(chosen), [q.mean.numel() for q in chosen.values()])
+    site_of = owners[best.cpu().numpy()][order].tolist()
     colours = dict(zip(dict.fromkeys(site_of), _LAYERS * len(wide), strict=False))
     outer_ends, inner_ends = wide.iloc[:, 2:4].to_numpy(), inner.iloc[:, 2:4].to_numpy()
     for y, name in enumerate(site_of):

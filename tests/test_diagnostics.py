@@ -184,7 +184,9 @@ def test_calibration_error_of_known_predictions() -> None:
         diagnostics.calibration(np.array([[2.0, -1.0]]), [0])
     with pytest.raises(ValueError, match="shape"):
         diagnostics.calibration(probabilities, [0])
-    for wrong in (labels + 1, np.where(labels == 1, -100, 0)):
+    with pytest.raises(ValueError, match="bins must be at least 1, not 0"):
+        diagnostics.calibration(probabilities, labels, bins=0)
+    for wrong in (labels + 1, np.where(labels == 1, -100, 0), np.where(labels == 1, np.nan, 0), 0.7 * labels):
         with pytest.raises(ValueError, match="classes between 0 and 1; count classes from 0"):
             diagnostics.calibration(probabilities, wrong)
 

@@ -159,6 +159,50 @@ def test_deterministic_sites_that_mix_draws_are_drawn_one_by_one(own: bool, offs
     assert group(from_pyro_svi(vectorizes, guide, y, num_samples=5), "posterior").attrs["vectorized"] == 1
 
 
+def test_a_guide_that_mixes_draws_is_drawn_one_by_one() -> None:
+    def model(y: torch.Tensor) -> None:
+        pyro.sample("m", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        total = pyro.sample("total", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(total, 1.0), obs=y)
+
+    def guide(y: torch.Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        pyro.sample("total", dist.Normal(m.sum(), 0.01))  # over all draws, if there are several
+
+    idata = from_pyro_svi(model, guide, torch.zeros(4), num_samples=40)
+    posterior = group(idata, "posterior")
+    m, total = posterior["m"].values.astype(float), posterior["total"].values.astype(float)
+    np.testing.assert_allclose(total, m.sum(-1), atol=0.1)
+    expected = st.norm().logpdf(m).sum(-1) + st.norm(m.sum(-1), 0.01).logpdf(total)
+    np.testing.assert_allclose(group(idata, "sample_stats")["log_q"], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["normal", "multivariate", "own", "list", "function"])
+def test_guides_that_keep_draws_apart_are_drawn_many_at_once(name: str) -> None:
+    case = Regression()
+    guide = guides(case)[name]
+    guide(case.x, case.y)
+
+    idata = from_pyro_svi(case.model, guide, case.x, case.y, num_samples=2)
+    assert group(idata, "posterior").attrs["vectorized"] == 1
+
+
+def test_predictions_without_data_do_not_mix_draws() -> None:
+    x = torch.randn(6, 3)
+
+    def model(x: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        share = w.softmax(0)  # over all draws, if there are several
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((x * share).sum(-1), 0.001))
+
+    guide = vdo.AutoFactorizedNormal(pyro.poutine.block(model, hide=["y"]), init_scale=1.0).setup(x)
+    idata = from_pyro_svi(model, guide, x, num_samples=40)
+    share = torch.as_tensor(group(idata, "posterior")["w"].values[0]).softmax(-1)
+    np.testing.assert_allclose(group(idata, "posterior_predictive")["y"].values[0], share @ x.T, atol=0.01)
+
+
 def test_predictions_that_depend_on_other_predictions_do_not_mix_draws() -> None:
     def model(x: torch.Tensor, y: torch.Tensor) -> None:
         m = pyro.sample("m", dist.Normal(0.0, 5.0))

@@ -116,6 +116,22 @@ def test_plates_of_deterministic_sites_and_of_data_that_are_not_expanded() -> No
     assert group(posterior, "observed_data")["y"].shape == (2, 5)
 
 
+def test_data_with_missing_values_are_not_constants_as_well() -> None:
+    case = Regression()
+    y, names = case.y.clone(), np.array([f"row {i}" for i in range(12)])
+    y[3] = torch.nan
+
+    def model(x: torch.Tensor, y: torch.Tensor, names: np.ndarray) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((x * w).sum(-1), 0.5, validate_args=False).mask(~y.isnan()), obs=y)
+
+    guide = autoguide.AutoNormal(model)
+    idata = from_pyro_svi(model, guide, case.x, y, names, num_samples=3)
+    assert set(group(idata, "constant_data").data_vars) == {"x", "names"}
+    assert group(idata, "log_likelihood")["y"].values[0, :, 3].tolist() == [0, 0, 0]
+
+
 def test_constants_follow_the_selection_and_need_not_be_numbers() -> None:
     model, guide, x, y = network()
     names = np.array([f"p{i}" for i in range(30)])
@@ -153,6 +169,32 @@ def test_parameters_of_other_guides_are_kept_as_they_are() -> None:
     variational = group(from_pyro_svi(case.model, guide, case.x, case.y, num_samples=2), "variational")
     np.testing.assert_allclose(variational["AutoMultivariateNormal.loc"].values[0], guide.loc.detach().numpy())
     assert variational["AutoMultivariateNormal.scale_tril"].shape == (1, 4, 4)
+
+
+def test_a_hierarchical_guide_has_no_parameters_for_what_depends_on_other_draws() -> None:
+    case = Regression()
+
+    def guide(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        b = pyro.sample("b", dist.Normal(pyro.param("b_mean", torch.tensor(0.3)), 0.2))
+        pyro.sample("w", dist.Normal(torch.ones(3), b.square().unsqueeze(-1).expand(*b.shape, 3)).to_event(1))
+
+    idata = from_pyro_svi(case.model, guide, case.x, case.y, num_samples=30)
+    variational = group(idata, "variational")
+    assert {"b_mean", "b_loc", "b_scale"} <= set(variational.data_vars)
+    assert not {"w_loc", "w_scale", "w_log_alpha", "w_kept"} & set(variational.data_vars)
+    assert list(vdo.summary(guide, case.x, case.y, model=case.model).index) == ["b"]
+
+
+@pytest.mark.parametrize("mean", [1.0, 0.0])
+def test_a_scalar_is_kept_or_not(mean: float) -> None:
+    case = Regression()
+
+    def guide(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        pyro.sample("b", dist.Normal(mean, 0.1))
+        pyro.sample("w", dist.Normal(torch.ones(3), 0.1).to_event(1))
+
+    posterior = group(from_pyro_svi(case.model, guide, case.x, case.y, num_samples=2, kept_only=True), "posterior")
+    assert {name: posterior[name].dims[2:] for name in posterior} == {"w": ("w_kept",)} | ({"b": ()} if mean else {})
 
 
 # --------------------------------------------------------------------------- selection

@@ -68,3 +68,8 @@ def test_dead_units_of_other_layers() -> None:
     assert inputs.tolist() == [False, True, False, True, True, False, False]
     assert outputs.tolist() == [True, False]
     assert weight_layout(nn.LayerNorm(3), "weight") is None
+
+
+def test_a_layer_without_weights_has_dead_units_only() -> None:
+    row = sparsity_of({"w": torch.ones(3, 0, dtype=torch.bool)}).frame.loc["w"]
+    assert (row["weights"], row["inputs"], row["outputs"], row["dead outputs"]) == (0, 0, 3, 3)

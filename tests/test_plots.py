@@ -89,6 +89,18 @@ def test_histogram_of_log_alpha_with_means_of_zero(dense: Any) -> None:
     assert any(f"last bar: {beyond} from" in text.get_text() for text in ax.texts)
 
 
+def test_settings_of_no_picture_are_named_and_a_layer_without_weights_is_drawn(dense: Any) -> None:
+    with pytest.raises(ValueError, match="threshold must be finite"):
+        plots.plot_log_alpha(dense, threshold=float("inf"))
+    with pytest.raises(ValueError, match="bins must be at least 1, not 0"):
+        plots.plot_log_alpha(dense, bins=0)
+    with pytest.raises(ValueError, match="count must be at least 1, not 0"):
+        plots.plot_filters(dense, image_shape=(4, 4), count=0)
+    empty = torch.distributions.Normal(torch.zeros(3, 0), torch.ones(3, 0))
+    axes = plots.plot_log_alpha({"none": empty, **dense.posteriors()})
+    assert axes[0].get_title(loc="left") == "none: 0 of 0 kept (0 %)"
+
+
 def test_training_shows_the_history() -> None:
     frame = pd.DataFrame(history())
     axes = plots.plot_training(history())
@@ -106,6 +118,16 @@ def test_training_shows_the_history() -> None:
         plots.plot_training(frame.drop(columns="nll"))
     with pytest.raises(ValueError, match="needs 3 axes"):
         plots.plot_training(frame, axes=plt.subplots()[1])
+
+
+def test_one_epoch_is_a_point_and_ticks_are_not_rounded() -> None:
+    axes = plots.plot_training(history(1))
+    assert all(line.get_marker() == "o" for ax in axes for line in ax.lines)
+    assert [tick for tick in axes[-1].get_xticks() if 0.9 < tick < 1.1] == [1]
+    label = plots.plot_training(history())[0].yaxis.get_major_formatter()
+    assert [label(v, 0) for v in (2.5, 0.1 + 0.2, 0.0, -7.5, 17_892.0, 2e6)] == [
+        "2.5", "0.3", "0", "-7.5", "17,892", "2,000,000"
+    ]  # fmt: skip
 
 
 def test_filters_show_means_and_hide_what_is_pruned(dense: Any) -> None:
@@ -201,6 +223,13 @@ def test_forest_shows_the_strongest_weights_and_their_intervals(dense: Any) -> N
     assert "The 5 strongest of" in ax.get_title(loc="left")
     everything = plots.plot_forest(dense, count=len(table))
     assert everything.get_title(loc="left").startswith(f"All {len(table):,}")
+
+
+def test_forest_tells_sites_with_brackets_in_their_names_apart() -> None:
+    normal = torch.distributions.Normal(torch.ones(2), torch.ones(2))
+    legend = plots.plot_forest({"w[0]": normal, "w[1]": normal}).get_legend()
+    assert legend is not None
+    assert {text.get_text() for text in legend.get_texts()} == {"w[0]", "w[1]"}
 
 
 def test_reliability_curve() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -138,8 +138,9 @@ class Sampler:
                 n["type"] == "sample" and n["is_observed"] and not n["infer"].get("_deterministic")
                 for n in model_trace.nodes.values()
             )
-            self.parameters = site_parameters(guide, guide_trace, model_trace)
+            self.parameters = site_parameters(guide, [guide_trace, self._guide_pass(None)], model_trace)
             self.guide_params = guide_params(guide_trace)
+            self._guide_shapes = {name: value.shape for name, value in self._values(guide_trace).items()}
             self._plate_dim = -1 - plate_nesting(guide_trace, model_trace)
             self.several_observed = len(observed) > 1
             self.improper = [
@@ -195,10 +196,36 @@ class Sampler:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 guide_trace = self._guide_pass(few)
-                return all(self._agrees(model, guide_trace, few) for model in models)
+                agrees = self._guide_agrees(guide_trace, few)
+                return agrees and all(self._agrees(model, guide_trace, few) for model in models)
         except (RuntimeError, ValueError, IndexError, AssertionError, NotImplementedError, TypeError):
             # The model is not written for batches of draws; if it is wrong in itself, the single draws will say so.
             return False
+
+    def _guide_agrees(self, together: Any, size: int) -> bool:
+        """Whether the guide gives several draws at once the density that it gives each of them alone."""
+        draws = {
+            name: self._one_by_one(together.nodes[name], shape, size) for name, shape in self._guide_shapes.items()
+        }
+        alone = [
+            self._run(self.guide, None, _Insert({name: values[i] for name, values in draws.items()}))
+            for i in range(size)
+        ]
+        for trace in (together, *alone):
+            trace.compute_log_prob()
+        return _alike(self._total(together, size), torch.cat([self._total(trace, None) for trace in alone]))
+
+    def _one_by_one(self, node: Any, shape: tuple[int, ...], size: int) -> Sequence[Tensor]:
+        """The value of a site in each of several draws, of the shape that it has in a single one."""
+        value, event_dim = node["value"], node["fn"].event_dim
+        room = -1 - self._plate_dim + event_dim - len(shape)  # dimensions of 1 between the draws and those of the site
+
+        def split(values: Tensor) -> list[Tensor]:
+            return list(values.expand(size, *(1,) * room, *shape).reshape(size, *shape))
+
+        if not isinstance(value, PrunedDraw):
+            return split(value)
+        return [PrunedDraw.of(v, kept) for v, kept in zip(split(value), split(value.kept), strict=True)]
 
     def _agrees(self, model: Callable[..., Any], guide_trace: Any, size: int) -> bool:
         """Whether ``model`` gives for several draws of the guide what it gives for each of them alone."""
@@ -210,22 +237,20 @@ class Sampler:
         pairs = [(together.log_likelihood[n], torch.cat([b.log_likelihood[n] for b in alone])) for n in self._laws]
         values = [(together.values[name], torch.cat([b.values[name] for b in alone])) for name in computed]
         values.append((together.log_p, torch.cat([b.log_p for b in alone])))
+        for name, site in self.sites.items():
+            if site.kind == "predicted":  # counts in no joint density
+                several, *each = (
+                    self._drawn(t.nodes[name]["unscaled_log_prob"], site, count, site.batch_shape)
+                    for t, count in ((trace, size), *((single, None) for single in passes))
+                )
+                values.append((several, torch.cat(each)))
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs) and all(_alike(*v) for v in values)
 
     def _singles(self, trace: Any, size: int) -> list[dict[str, Tensor]]:
         """What a pass with several draws has sampled, one dict for each of them."""
-        result: list[dict[str, Tensor]] = [{} for _ in range(size)]
-        for name, site in self.sites.items():
-            node = trace.nodes[name]
-            if site.kind == "deterministic" or node["is_observed"]:
-                continue
-            values = list(self._drawn(node["value"], site, size))
-            if isinstance(node["value"], PrunedDraw):
-                kept = self._drawn(node["value"].kept, site, size)
-                values = [PrunedDraw.of(value, mask) for value, mask in zip(values, kept, strict=True)]
-            for single, value in zip(result, values, strict=True):
-                single[name] = value
-        return result
+        sites = {n: s for n, s in self.sites.items() if s.kind != "deterministic" and not trace.nodes[n]["is_observed"]}
+        draws = {name: self._one_by_one(trace.nodes[name], site.shape, size) for name, site in sites.items()}
+        return [{name: values[i] for name, values in draws.items()} for i in range(size)]
 
     def _latent(self) -> list[str]:
         return [name for name, site in self.sites.items() if site.kind == "latent"]

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
+from matplotlib.ticker import MaxNLocator
 
 from pyro_vdo import relevance
 from pyro_vdo.relevance import THRESHOLD
@@ -130,8 +131,10 @@ def plot_filters(
     :param count: number of filters to draw.
     :param threshold: weights with log alpha >= threshold are pruned (grey).
     :param axes: two axes to draw on.
-    :raises ValueError: for a layer that has no images.
+    :raises ValueError: for a layer that has no images, or ``count`` below 1.
     """
+    if count < 1:
+        raise ValueError(f"plot_filters: count must be at least 1, not {count}")
     name, means, kept = weights_of(guide, site, threshold, (2, 4))
     if means.ndim == 2:
         order = np.sort(np.argsort(-kept.sum(1), kind="stable")[:count])
@@ -217,7 +220,7 @@ def plot_relevance(
     target: Axes = figure_axes(ax, 1, 1, 5.6, 4.8)[0, 0]
     colours = plt.get_cmap("viridis").with_extremes(under=ZERO)
     drawn = target.imshow(image, cmap=colours, vmin=0.5, vmax=max(1, image.max()), interpolation="nearest")
-    bar = target.figure.colorbar(drawn, ax=target, shrink=0.85, extend="min")
+    bar = target.figure.colorbar(drawn, ax=target, shrink=0.85, extend="min", ticks=MaxNLocator(integer=True))
     bar.set_label("weights that the input has left (grey: none)", color=INK)
     bar.outline.set_visible(False)
     unused = int((counts == 0).sum())

@@ -110,6 +110,8 @@ class Labels:
     def kept_part(self, site: Site, kept: Array) -> Part | None:
         """The weights where ``kept`` is true, in one dimension that knows their places; None if there are none."""
         whole = self.part(site)
+        if not site.shape:
+            return whole if kept else None
         if whole.index is not None:
             selected = np.zeros(site.shape, dtype=bool)
             selected[np.ix_(*whole.index)] = True

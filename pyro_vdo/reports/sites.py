@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,11 @@ class SiteParameters:
         """True for the elements that are 0 for good; None if there are none."""
         kept = getattr(self.law, "kept", None)
         return None if kept is None else ~kept
+
+    def same_as(self, other: SiteParameters) -> bool:
+        """Whether location and scale are the same numbers."""
+        pairs = (self.loc, other.loc), (self.scale, other.scale)
+        return all(a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True) for a, b in pairs)
 
     def kept(self, threshold: float) -> Tensor | None:
         """True for the weights with log alpha < threshold that are not pruned; None where that has no meaning."""
@@ -146,8 +151,16 @@ def plate_nesting(*traces: Any) -> int:
     return -min(dims, default=0)
 
 
-def site_parameters(guide: Any, guide_trace: Any, model_trace: Any) -> dict[str, SiteParameters]:
-    """What the guide draws each site from, where that is a Normal, a function of one, or a family of this package."""
+def site_parameters(guide: Any, guide_traces: Sequence[Any], model_trace: Any) -> dict[str, SiteParameters]:
+    """What the guide draws each site from, where that is a Normal, a function of one, or a family of this package.
+
+    Only what the passes agree on: in a hierarchical guide, what a site is drawn from depends on the draws of others.
+    """
+    first, *others = (_of_pass(guide, trace, model_trace) for trace in guide_traces)
+    return {name: q for name, q in first.items() if all(name in o and q.same_as(o[name]) for o in others)}
+
+
+def _of_pass(guide: Any, guide_trace: Any, model_trace: Any) -> dict[str, SiteParameters]:
     own = own_parameters(guide)
     result = {}
     for name, node in model_trace.nodes.items():

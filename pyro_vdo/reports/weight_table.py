@@ -100,14 +100,12 @@ def _parameters(
         )
     with evaluating(guide, model):
         found = Sampler(model, guide, args, kwargs, vectorize=False).parameters
-        again = Sampler(model, guide, args, kwargs, vectorize=False).parameters
-    fixed = {name: q for name, q in found.items() if torch.equal(q.loc, again[name].loc)}
-    if not fixed:
+    if not found:
         raise ValueError(
             "summary: this guide is not mean-field Normal, so that its summary has no closed form. Take "
             "az.summary(from_pyro_svi(model, guide, *args))."
         )
-    return fixed
+    return found
 
 
 def _rows(q: SiteParameters, interval: _arviz.Interval) -> tuple[Tensor, Tensor, Tensor, Tensor]:
