@@ -76,6 +76,8 @@ def setup(rank: int, **options: Any) -> tuple[Any, Any, Any, Tensor, Tensor, flo
 
 def train(rank: int) -> dict[str, Any]:
     net, model, guide, x, y, before = setup(rank)
+    vdo.release_pretrained(net)
+    distributed.synchronize(net, guide)  # nothing can write to what is left of the weights
     optim = distributed.DistributedOptim(pyro.optim.Adam({"lr": 0.01}))
     svi = SVI(model, guide, optim, loss=Trace_ELBO())
     noise = torch.randn(3)

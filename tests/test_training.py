@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -266,6 +267,42 @@ def test_schedules_are_asked_within_the_run_alone() -> None:
     Case().fit(epochs=3, kl_weight=weight)
     assert 0 <= min(asked) <= max(asked) < 3
     assert Case().fit(epochs=1, lr=0.5, lr_schedule=0.5)[0]["lr"] == 0.25
+
+
+class MovingMean(torch.nn.Module):
+    """Puts new tensors in the place of its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1).expand(6))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean, self.count = 0.9 * self.mean + 0.1 * x.mean(0).detach(), self.count + 1
+        return x - self.mean
+
+
+def test_buffers_that_a_module_replaces(tmp_path: Path) -> None:
+    def make() -> tuple[Case, MovingMean]:
+        case, layer = Case(), MovingMean()
+        case.net[1] = layer
+        case.guide.setup(*data())
+        layer.count.zero_()
+        return case, layer
+
+    whole, layer = make()
+    whole.fit(validate=whole.batches(), epochs=4)
+    assert layer.count == 4 * 3  # by the steps alone, not by the KL and the validation
+    for epochs in (2, 4):
+        case, _ = make()
+        case.fit(epochs=epochs, checkpoint=tmp_path / "run")
+    assert same(case.state(), whole.state())
+    case, layer = make()
+    with pytest.raises(vdo.NumericalError):
+        case.fit(small_run.poisoned(math.nan))
+    assert layer.count == 2
+    assert torch.isfinite(layer.mean).all()
 
 
 def test_modes_that_a_callback_switches() -> None:

@@ -25,7 +25,15 @@ from pyro_vdo.loop.checkpoint import CheckpointError, CheckpointFile
 from pyro_vdo.loop.history import History
 from pyro_vdo.loop.objective import Batch, DataTerm, NumericalError
 from pyro_vdo.loop.optimizers import make_optimizer
-from pyro_vdo.loop.reproducible import Objects, called, preserved_random_state
+from pyro_vdo.loop.reproducible import (
+    Objects,
+    SavedBuffer,
+    called,
+    changed,
+    preserved_random_state,
+    put_back,
+    saved_buffers,
+)
 from pyro_vdo.loop.resume import Resumable, Settings
 from pyro_vdo.loop.turns import TURNS
 
@@ -57,7 +65,7 @@ class Run(Resumable):
         self._params: dict[str, Tensor] = {}  # all so far: a step need not use every one
         self._used: dict[str, Tensor] = {}  # those of the last step
         self._num_batches: int | None = _length(data)
-        self._mutable: list[Tensor] | None = None  # buffers that a step changes, such as those of BatchNorm
+        self._mutable: list[tuple[nn.Module, str]] | None = None  # buffers that a step changes: those of BatchNorm, say
         self._in_training: frozenset[int] = frozenset()  # the modules in training mode when these were found
         self._batch: Batch = ((), {})
         self._kl_weight = 1.0
@@ -199,11 +207,10 @@ class Run(Resumable):
         except BaseException:
             for param in self._params.values():
                 param.grad = None
-            for buffer, value in saved:
-                buffer.data.copy_(value)
+            put_back(saved)
             raise
         if self._mutable is None:
-            self._mutable = [buffer for buffer, value in saved if not torch.equal(buffer, value)]
+            self._mutable = changed(saved)
         data_term = self._data_term(loss)  # before the step, which changes the parameters of recorded distributions
         self.optimizer.prepare(self._params)
         if factor is not None:
@@ -288,13 +295,11 @@ class Run(Resumable):
         if now != self._in_training:
             self._mutable, self._in_training = None, now
 
-    def _saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
+    def _saved_buffers(self) -> list[SavedBuffer]:
         """Copies of the buffers that a step changes; of all while it is to be learned which these are."""
-        if self._mutable is None:
-            buffers = [value for _, _, value in self.objects.buffers().values() if value is not None]
-        else:
-            buffers = self._mutable
-        return [(buffer, buffer.detach().clone()) for buffer in buffers]
+        if self._mutable is not None:
+            return saved_buffers(self._mutable)
+        return saved_buffers((module, attribute) for module, attribute, _ in self.objects.buffers().values())
 
     # ----------------------------------------------------------------- the end of an epoch
 
@@ -328,8 +333,7 @@ class Run(Resumable):
             with preserved_random_state(), torch.no_grad():
                 yield
         finally:
-            for buffer, value in saved:
-                buffer.data.copy_(value)
+            put_back(saved)
 
     def _counts(self) -> dict[str, Any]:
         own = parts_with("posteriors", self.guide)
