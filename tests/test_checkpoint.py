@@ -124,6 +124,44 @@ def test_a_resumed_run_is_bit_equal(name: str, tmp_path: Path) -> None:
     assert same(third.state(), whole.state())
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: None,
+        lambda: pyro.optim.Adam({"lr": 0.02}),
+        lambda: pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.7}),
+        lambda: vdo.JointOptim(torch.optim.Adam, {"lr": 0.02}),
+        lambda: vdo.JointOptim(torch.optim.Adam, lambda name: {"lr": 0.05 if "log_scale" in name else 0.01}),
+    ],
+)
+def test_an_interrupted_run_goes_on_with_the_same_objects(make: Callable[[], Any], tmp_path: Path) -> None:
+    def interrupt(run: vdo.Run) -> None:
+        if run.epoch == 3:
+            raise KeyboardInterrupt
+
+    whole, case, optim = Case(), Case(), make()
+    expected = whole.fit(epochs=5, optim=make())
+    with pytest.raises(KeyboardInterrupt):
+        case.fit(epochs=5, optim=optim, checkpoint=tmp_path / "run", callbacks=[interrupt])
+    assert rows(case.fit(epochs=5, optim=optim, checkpoint=tmp_path / "run")) == rows(expected)
+    assert same(case.state(), whole.state())
+
+
+def test_a_network_without_its_pretrained_values_is_resumed(tmp_path: Path) -> None:
+    def fit(epochs: int, **options: Any) -> dict[str, torch.Tensor]:
+        case = Case()
+        case.guide.setup(*data())
+        vdo.release_pretrained(case.net)
+        case.fit(epochs=epochs, **options)
+        assert case.net.state_dict()["0.weight"].untyped_storage().nbytes() == 4  # still one zero
+        return case.state()
+
+    stop: dict[str, Any] = {"validate": [data(1)], "early_stop": vdo.EarlyStop("val_nll", patience=3)}
+    whole = fit(4, **stop)
+    fit(2, checkpoint=tmp_path / "run", **stop)
+    assert same(fit(4, checkpoint=tmp_path / "run", **stop), whole)
+
+
 def test_other_objects_with_a_state(tmp_path: Path) -> None:
     class Counter:
         count = 0

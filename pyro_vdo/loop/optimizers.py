@@ -254,6 +254,11 @@ class PyroOptimizer:
         store = pyro.get_param_store()
         for name, param in params.items():
             self._check(param, state["state"].get(name), state["base"], name)
+        for param in params.values():  # of a run in this process that was interrupted: a state goes to new ones alone
+            if isinstance(self._owner, JointOptim):
+                self._owner.let_go(param)
+            else:
+                param_store.let_go(self._owner, param)
         saved = {store.param_name(p): state["state"].get(name) for name, p in params.items()}
         self.optimizer.set_state({name: value for name, value in saved.items() if value is not None})
         bases = {param: state["base"].get(name) for name, param in params.items()}
