@@ -162,6 +162,54 @@ def test_a_network_without_its_pretrained_values_is_resumed(tmp_path: Path) -> N
     assert same(fit(4, checkpoint=tmp_path / "run", **stop), whole)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"lr": np.float32(0.01)},
+        lambda: {"optim": vdo.JointOptim(torch.optim.Adam, {"lr": np.float32(0.01)})},
+        lambda: {"seed": np.int64(3)},
+    ],
+)
+def test_numbers_of_numpy(options: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    whole, second = Case(), Case()
+    expected = whole.fit(**options())
+    Case().fit(epochs=2, checkpoint=tmp_path / "run", **options())
+    assert rows(second.fit(checkpoint=tmp_path / "run", **options())) == rows(expected)
+    assert same(second.state(), whole.state())
+
+
+def test_early_stopping_by_another_column_starts_anew(tmp_path: Path) -> None:
+    errors = iter([1.0, 2.0, 9.0, 8.0, 7.0, 9.0, 9.0])
+
+    def fit(epochs: int, column: str) -> vdo.History:
+        stop = vdo.EarlyStop(f"val_{column}", patience=2)
+        validate = lambda: {"a": 0.0, "b": next(errors)}  # noqa: E731
+        return Case().fit(epochs=epochs, checkpoint=tmp_path / "run", validate=validate, early_stop=stop)
+
+    fit(2, "a")  # whose best value is one that the other column never has
+    assert len(fit(9, "b")) == 7
+
+
+def test_progress_of_a_run_with_other_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Case().fit(epochs=2, checkpoint=tmp_path / "run")
+    Case().fit(vdo.TensorBatches(*data(), batch_size=60), epochs=4, checkpoint=tmp_path / "run", progress=True)
+    assert "4/4 [" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    for path in (tmp_path, ""):
+        with pytest.raises(vdo.CheckpointError, match="is a folder; give a file"):
+            Case().fit(checkpoint=path)
+
+
+def test_files_that_another_run_writes_are_left_alone(tmp_path: Path) -> None:
+    other, own = tmp_path / f".run.b.{'0' * 16}.tmp", tmp_path / f".run.{'0' * 16}.tmp"
+    other.touch(), own.touch()
+    checkpoint.CheckpointFile(tmp_path / "run")
+    assert other.exists()
+    assert not own.exists()
+
+
 def test_other_objects_with_a_state(tmp_path: Path) -> None:
     class Counter:
         count = 0

@@ -19,7 +19,7 @@ class History(list[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Stop when a column of the history has not improved for some epochs.
+    """Stop when a column of the history has not improved for some epochs; a run that is resumed later has stopped too.
 
     :param monitor: the column, such as ``"val_error"``.
     :param patience: epochs without improvement after which the run stops.

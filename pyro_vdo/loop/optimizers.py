@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ def make_optimizer(optim: Any, lr: float | None, options: Options | None) -> Tor
     :param options: parameter name -> options of its own, such as ``{"lr": 1e-4}``.
     :raises TypeError: for anything else, such as a torch optimizer that already has parameters.
     """
+    if isinstance(lr, np.generic):
+        lr = float(lr)
     if isinstance(optim, PyroOptim):
         if lr is not None or options is not None:
             raise TypeError("fit: a Pyro optimizer has its own learning rate; leave out lr and param_options")

@@ -74,7 +74,7 @@ class Run(Resumable):
         self._bar_of_steps = True
 
     def stop(self) -> None:
-        """End the run after this epoch."""
+        """End the run after this epoch; one that is resumed from its checkpoint has ended too."""
         self._stopped = True
 
     # ----------------------------------------------------------------- the loop
@@ -120,7 +120,8 @@ class Run(Resumable):
     def _progress(self) -> Any:
         count = self._num_batches
         self._bar_of_steps = count is not None
-        total, done = (self.settings.epochs, self.epoch) if count is None else (self.settings.epochs * count, self.step)
+        steps = 1 if count is None else count
+        total, done = self.settings.epochs * steps, self.epoch * steps
         if not self.settings.progress:  # not tqdm(disable=True), which starts a thread all the same
             return nullcontext()
         return tqdm(total=total, initial=done, unit="epoch" if count is None else "step")
@@ -182,10 +183,12 @@ class Run(Resumable):
                 return leaf
             return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None, non_blocking=True)
 
+        if isinstance(raw, Mapping):
+            raw = dict(raw)  # tree_map knows those of Python alone
         if device is not None or dtype is not None:
             raw = tree_map(move, raw)
-        if isinstance(raw, Mapping):
-            return (), dict(raw)
+        if isinstance(raw, dict):
+            return (), raw
         return (tuple(raw), {}) if isinstance(raw, (tuple, list)) else ((raw,), {})
 
     # ----------------------------------------------------------------- one step
@@ -358,8 +361,8 @@ class Run(Resumable):
                     raise ValueError(f"fit: validate gave no batches in epoch {self.epoch + 1}")
                 result = {"nll": mean}
         if not isinstance(result, Mapping):
-            return {"val": float(result)}
-        return {key if key.startswith("val_") else f"val_{key}": float(value) for key, value in result.items()}
+            return {"val": _number(result)}
+        return {key if key.startswith("val_") else f"val_{key}": _number(value) for key, value in result.items()}
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -384,10 +387,12 @@ class Run(Resumable):
             if self.epoch >= self.settings.validate_every:
                 raise ValueError(f"fit: early_stop monitors '{stop.monitor}'; the columns are {sorted(row)}")
             return
-        value = float(row[stop.monitor])
-        if stop.better(value, None if self._best is None else self._best["value"]):
-            self._best = {"value": value, "epoch": self.epoch, "snapshot": self._snapshot()}
-        elif self._best is not None and self.epoch - self._best["epoch"] >= stop.patience:
+        value, best = float(row[stop.monitor]), self._best
+        if best is not None and best.get("monitor", stop.monitor) != stop.monitor:  # before the run was resumed
+            best = None
+        if stop.better(value, None if best is None else best["value"]):
+            self._best = {"value": value, "epoch": self.epoch, "snapshot": self._snapshot(), "monitor": stop.monitor}
+        elif best is not None and self.epoch - best["epoch"] >= stop.patience:
             self.stop()
 
     def _show(self, bar: Any) -> None:
@@ -411,6 +416,13 @@ def _length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"fit: validate must return a number or a dict of numbers, not {value!r}") from error
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
