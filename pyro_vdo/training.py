@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
@@ -144,7 +145,7 @@ def _functions(callbacks: Any) -> tuple[Callable[..., Any], ...]:
 def _whole(seed: Any) -> int | None:
     if seed is not None and not isinstance(seed, Integral):
         raise TypeError(f"fit: seed must be a whole number or None, not {seed!r}")
-    return None if seed is None else int(seed)  # Python's generator takes no integer of numpy
+    return None if seed is None else operator.index(seed)  # Python's generator takes no integer of numpy
 
 
 def _changes(schedule: Schedule, epochs: int) -> bool:
