@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -157,7 +156,7 @@ def _check(settings: Settings, guide: Any) -> None:
     """Refuse settings that make no sense together."""
     for name in ("epochs", "validate_every", "checkpoint_every"):
         value, least = getattr(settings, name), 0 if name == "epochs" else 1
-        if not isinstance(value, Real) or not least <= value < math.inf or int(value) != value:
+        if not isinstance(value, Real) or not float(value).is_integer() or value < least:
             raise ValueError(f"fit: {name} must be positive and whole, not {value}")
     checked_threshold(settings.threshold, "fit: threshold")
     if settings.resume not in (True, False, "auto"):

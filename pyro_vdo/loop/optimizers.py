@@ -163,6 +163,10 @@ class TorchOptimizer:
     def check_ranks(self, path: Path, epoch: int) -> None:
         """Nothing to do for a torch optimizer."""
 
+    def mean_over_ranks(self, value: float) -> float:
+        """The value itself: a torch optimizer knows of no ranks."""
+        return value
+
     def state(self, params: Mapping[str, Tensor]) -> Any:
         """The state of the optimizer, with its initial learning rates."""
         return {"state": {} if self.optimizer is None else self.optimizer.state_dict(), "base": self._base}
@@ -287,11 +291,7 @@ class PyroOptimizer:
 
         :raises CheckpointError: if they do not.
         """
-        if not isinstance(self.optimizer, DistributedOptim):
-            return
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (str(path.absolute()), epoch))
-        paths, epochs = zip(*everyone, strict=True)
+        paths, epochs = zip(*self._gathered((str(path.absolute()), epoch)), strict=True)
         if len(set(paths)) < len(paths):
             raise CheckpointError(
                 f"checkpoint: two ranks share '{path}', but each has random numbers of its own; give each a file of "
@@ -302,3 +302,16 @@ class PyroOptimizer:
                 f"checkpoint: the ranks would go on after epochs {list(epochs)}. Delete the files of those that are "
                 "ahead to resume from the ones before ('NAME.previous'), or pass resume=False to start anew."
             )
+
+    def mean_over_ranks(self, value: float) -> float:
+        """The mean over the processes of a :class:`DistributedOptim`, by which all of them decide alike."""
+        values: list[float] = self._gathered(value)
+        return sum(values) / len(values)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank; without :class:`DistributedOptim` there is one."""
+        if not isinstance(self.optimizer, DistributedOptim):
+            return [value]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, value)
+        return everyone

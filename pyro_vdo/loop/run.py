@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from pyro_vdo._compat import tracing
-from pyro_vdo.batches import empty_argument
+from pyro_vdo.batches import arguments_of, empty_argument
 from pyro_vdo.families.units import unit_masks
 from pyro_vdo.guides import parts_with
 from pyro_vdo.handlers import scale_kl
@@ -176,20 +176,7 @@ class Run(Resumable):
             )
 
     def _to_batch(self, raw: Any) -> Batch:
-        device, dtype = self.settings.device, self.settings.dtype
-
-        def move(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None, non_blocking=True)
-
-        if isinstance(raw, Mapping):
-            raw = dict(raw)  # tree_map knows those of Python alone
-        if device is not None or dtype is not None:
-            raw = tree_map(move, raw)
-        if isinstance(raw, dict):
-            return (), raw
-        return (tuple(raw), {}) if isinstance(raw, (tuple, list)) else ((raw,), {})
+        return arguments_of(raw, self.settings.device, self.settings.dtype)
 
     # ----------------------------------------------------------------- one step
 
@@ -324,6 +311,7 @@ class Run(Resumable):
         self._watch(row)
         for callback in settings.callbacks:
             callback(self)
+        self._stopped = self.optimizer.mean_over_ranks(self._stopped) > 0  # or the others would wait for this rank
         due = self.epoch % settings.checkpoint_every == 0 or self._stopped or last
         if self._file is not None and due:
             self._file.write(self._state())
@@ -387,7 +375,7 @@ class Run(Resumable):
             if self.epoch >= self.settings.validate_every:
                 raise ValueError(f"fit: early_stop monitors '{stop.monitor}'; the columns are {sorted(row)}")
             return
-        value, best = float(row[stop.monitor]), self._best
+        value, best = self.optimizer.mean_over_ranks(float(row[stop.monitor])), self._best
         if best is not None and best.get("monitor", stop.monitor) != stop.monitor:  # before the run was resumed
             best = None
         if stop.better(value, None if best is None else best["value"]):
