@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import safetensors.torch
 import torch
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.optim.clipped_adam import ClippedAdam
 from strategies import structures
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vdo as vdo
@@ -160,6 +162,32 @@ def test_a_network_without_its_pretrained_values_is_resumed(tmp_path: Path) -> N
     whole = fit(4, **stop)
     fit(2, checkpoint=tmp_path / "run", **stop)
     assert same(fit(4, checkpoint=tmp_path / "run", **stop), whole)
+
+
+@pytest.mark.parametrize("make", [lambda: None, lambda: vdo.JointOptim(torch.optim.Adam, {"lr": 0.01, "fused": True})])
+def test_parameters_that_are_not_row_by_row_in_memory(make: Callable[[], Any], tmp_path: Path) -> None:
+    images = data()[0][:, :4].reshape(-1, 1, 2, 2) * torch.tensor([1.0, 2.0]).view(2, 1, 1)
+
+    def fit(epochs: int, **options: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
+        layers = nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(3, 2)
+        net = vdo.to_bayesian(nn.Sequential(*layers), vdo.LogUniform(), where=["2.weight"])
+        net.to(memory_format=torch.channels_last)
+
+        def model(x: torch.Tensor) -> None:
+            mean = net(x)
+            with pyro.plate("data", len(images), subsample_size=len(x)):
+                pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=x[:, 0, 0])
+
+        guide = vdo.AutoFactorizedNormal(model)
+        batches = vdo.TensorBatches(images, batch_size=BATCH)
+        vdo.fit(model, guide, batches, epochs=epochs, optim=make(), seed=1, progress=False, **options)
+        assert not net.state_dict()["0.weight"].is_contiguous()
+        return {**net.state_dict(), **guide.state_dict()}
+
+    whole = fit(4)
+    fit(2, checkpoint=tmp_path / "run")
+    assert same(fit(4, checkpoint=tmp_path / "run"), whole)
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,9 @@ def _check_state(own: Any, param: Tensor, layout: Mapping[str, Any] | None, fuse
         if name in layout:
             value, elementwise = layout[name]
             _check_entry(name, new, value, elementwise, param)
+        if isinstance(new, Tensor) and new.shape == param.shape and new.stride() != param.stride():
+            # Fused optimizers take the memory of state and parameter side by side; a file keeps no memory format.
+            own[name] = torch.empty_like(param, dtype=new.dtype, device=new.device).copy_(new)
 
 
 def _check_entry(name: str, new: Any, value: Any, elementwise: bool, param: Tensor) -> None:
