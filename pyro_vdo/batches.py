@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 def empty_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -17,6 +18,29 @@ def empty_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     if not tensors or any(len(value) for _, value in tensors):
         return ""
     return f"{tensors[0][0]} has shape {tuple(tensors[0][1].shape)}"
+
+
+def arguments_of(
+    raw: Any, device: torch.device | None, dtype: torch.dtype | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as arguments of the model: a mapping by name, a tuple or list by place, anything else as the only one.
+
+    :param device: where its tensors are moved to.
+    :param dtype: what those of floating point numbers are cast to.
+    """
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None, non_blocking=True)
+
+    if isinstance(raw, Mapping):
+        raw = dict(raw)  # tree_map knows those of Python alone
+    if device is not None or dtype is not None:
+        raw = tree_map(move, raw)
+    if isinstance(raw, dict):
+        return (), raw
+    return (tuple(raw), {}) if isinstance(raw, (tuple, list)) else ((raw,), {})
 
 
 class TensorBatches:

@@ -34,7 +34,7 @@ def synchronize(*modules: nn.Module) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             value = tensor.detach().contiguous()
             dist.broadcast(value, src=0)
-            if value.data_ptr() != tensor.data_ptr():
+            if value.data_ptr() != tensor.data_ptr() and not torch.equal(value, tensor):  # expanded ones refuse a copy
                 tensor.copy_(value)
 
 

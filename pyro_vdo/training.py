@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -60,8 +62,9 @@ def fit(
         A batch is a tuple or list of the arguments of
         the model, a dict of its keyword arguments, or its only argument.
     :param epochs: number of passes over the data, those of resumed runs included.
-    :param optim: a torch optimizer class, a function from parameters to a torch optimizer, or a Pyro optimizer; one
-        fused Adam over all parameters by default.
+    :param optim: a torch optimizer class, a function from parameters to a torch optimizer, or a Pyro optimizer (its
+        state is in the checkpoint; after the run Pyro's store has no names left for ``optim.get_state()``); one fused
+        Adam over all parameters by default.
     :param lr: learning rate, where ``optim`` is a class or None (1e-3).
     :param param_options: parameter name -> its own options, e.g. ``{"lr": 1e-4}``, for torch optimizers.
     :param loss: an ELBO, or a function ``(model, guide, *batch) -> loss``; ``Trace_ELBO()`` by default.
@@ -97,7 +100,6 @@ def fit(
     :raises CheckpointError: for a checkpoint that is damaged, belongs to another run or cannot be written.
     :raises ValueError: for arguments and data that make no sense; the message names them.
     """
-    _check_data(data, epochs)
     _refuse_tensors(validate, "validate")
     if isinstance(validate, Iterator):
         raise ValueError(
@@ -108,9 +110,10 @@ def fit(
         None if lr_schedule is None else _schedule(lr_schedule, "lr_schedule"),
         None if prune is None else _schedule(prune, "prune"), threshold, validate, validate_every,
         early_stop, checkpoint, checkpoint_every, resume, None if device is None else torch.device(device), dtype,
-        clip_grad, tuple(callbacks), dict(state or {}), progress, seed,
+        clip_grad, _functions(callbacks), dict(state or {}), progress, _whole(seed),
     )  # fmt: skip
     _check(settings, guide)
+    _check_data(data, epochs)
     if not torch.is_grad_enabled():
         raise RuntimeError("fit: gradients are switched off; call it outside of torch.no_grad and inference_mode")
     return Run(model, guide, data, settings).go()
@@ -132,6 +135,18 @@ def _schedule(value: Any, name: str) -> Schedule:
     return lambda epoch: number
 
 
+def _functions(callbacks: Any) -> tuple[Callable[..., Any], ...]:
+    if callable(callbacks) or not all(map(callable, callbacks)):
+        raise TypeError(f"fit: callbacks must be a list of functions, callbacks=[function], not {callbacks!r}")
+    return tuple(callbacks)
+
+
+def _whole(seed: Any) -> int | None:
+    if seed is not None and not isinstance(seed, Integral):
+        raise TypeError(f"fit: seed must be a whole number or None, not {seed!r}")
+    return None if seed is None else operator.index(seed)  # Python's generator takes no integer of numpy
+
+
 def _changes(schedule: Schedule, epochs: int) -> bool:
     """Whether a schedule has more than one value, seen at ten points of each epoch."""
     return len({float(schedule(at / 10)) for at in range(10 * int(epochs))}) > 1
@@ -140,8 +155,8 @@ def _changes(schedule: Schedule, epochs: int) -> bool:
 def _check(settings: Settings, guide: Any) -> None:
     """Refuse settings that make no sense together."""
     for name in ("epochs", "validate_every", "checkpoint_every"):
-        value = getattr(settings, name)
-        if int(value) != value or value < (0 if name == "epochs" else 1):
+        value, least = getattr(settings, name), 0 if name == "epochs" else 1
+        if not isinstance(value, Real) or not float(value).is_integer() or value < least:
             raise ValueError(f"fit: {name} must be positive and whole, not {value}")
     checked_threshold(settings.threshold, "fit: threshold")
     if settings.resume not in (True, False, "auto"):
@@ -163,7 +178,8 @@ def _check(settings: Settings, guide: Any) -> None:
 
 
 def _refuse_tensors(data: Any, name: str) -> None:
-    tensors = isinstance(data, tuple) and len(data) > 0 and all(isinstance(part, Tensor) for part in data)
+    parts = tuple(data.values()) if isinstance(data, Mapping) else data
+    tensors = isinstance(parts, tuple) and len(parts) > 0 and all(isinstance(part, Tensor) for part in parts)
     if isinstance(data, Tensor) or tensors:
         raise ValueError(
             f"fit: {name} must be an iterable of batches, not the tensors themselves. Write "

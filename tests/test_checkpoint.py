@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import safetensors.torch
 import torch
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.optim.clipped_adam import ClippedAdam
 from strategies import structures
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vdo as vdo
@@ -122,6 +124,118 @@ def test_a_resumed_run_is_bit_equal(name: str, tmp_path: Path) -> None:
     third = Case()
     assert rows(third.fit(make(), epochs=6, checkpoint=path, **options())) == rows(expected)  # finished: only loaded
     assert same(third.state(), whole.state())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: None,
+        lambda: pyro.optim.Adam({"lr": 0.02}),
+        lambda: pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.7}),
+        lambda: vdo.JointOptim(torch.optim.Adam, {"lr": 0.02}),
+        lambda: vdo.JointOptim(torch.optim.Adam, lambda name: {"lr": 0.05 if "log_scale" in name else 0.01}),
+    ],
+)
+def test_an_interrupted_run_goes_on_with_the_same_objects(make: Callable[[], Any], tmp_path: Path) -> None:
+    def interrupt(run: vdo.Run) -> None:
+        if run.epoch == 3:
+            raise KeyboardInterrupt
+
+    whole, case, optim = Case(), Case(), make()
+    expected = whole.fit(epochs=5, optim=make())
+    with pytest.raises(KeyboardInterrupt):
+        case.fit(epochs=5, optim=optim, checkpoint=tmp_path / "run", callbacks=[interrupt])
+    assert rows(case.fit(epochs=5, optim=optim, checkpoint=tmp_path / "run")) == rows(expected)
+    assert same(case.state(), whole.state())
+
+
+def test_a_network_without_its_pretrained_values_is_resumed(tmp_path: Path) -> None:
+    def fit(epochs: int, **options: Any) -> dict[str, torch.Tensor]:
+        case = Case()
+        case.guide.setup(*data())
+        vdo.release_pretrained(case.net)
+        case.fit(epochs=epochs, **options)
+        assert case.net.state_dict()["0.weight"].untyped_storage().nbytes() == 4  # still one zero
+        return case.state()
+
+    stop: dict[str, Any] = {"validate": [data(1)], "early_stop": vdo.EarlyStop("val_nll", patience=3)}
+    whole = fit(4, **stop)
+    fit(2, checkpoint=tmp_path / "run", **stop)
+    assert same(fit(4, checkpoint=tmp_path / "run", **stop), whole)
+
+
+@pytest.mark.parametrize("make", [lambda: None, lambda: vdo.JointOptim(torch.optim.Adam, {"lr": 0.01, "fused": True})])
+def test_parameters_that_are_not_row_by_row_in_memory(make: Callable[[], Any], tmp_path: Path) -> None:
+    images = data()[0][:, :4].reshape(-1, 1, 2, 2) * torch.tensor([1.0, 2.0]).view(2, 1, 1)
+
+    def fit(epochs: int, **options: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
+        layers = nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(3, 2)
+        net = vdo.to_bayesian(nn.Sequential(*layers), vdo.LogUniform(), where=["2.weight"])
+        net.to(memory_format=torch.channels_last)
+
+        def model(x: torch.Tensor) -> None:
+            mean = net(x)
+            with pyro.plate("data", len(images), subsample_size=len(x)):
+                pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=x[:, 0, 0])
+
+        guide = vdo.AutoFactorizedNormal(model)
+        batches = vdo.TensorBatches(images, batch_size=BATCH)
+        vdo.fit(model, guide, batches, epochs=epochs, optim=make(), seed=1, progress=False, **options)
+        assert not net.state_dict()["0.weight"].is_contiguous()
+        return {**net.state_dict(), **guide.state_dict()}
+
+    whole = fit(4)
+    fit(2, checkpoint=tmp_path / "run")
+    assert same(fit(4, checkpoint=tmp_path / "run"), whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"lr": np.float32(0.01)},
+        lambda: {"optim": vdo.JointOptim(torch.optim.Adam, {"lr": np.float32(0.01)})},
+        lambda: {"seed": np.int64(3)},
+    ],
+)
+def test_numbers_of_numpy(options: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    whole, second = Case(), Case()
+    expected = whole.fit(**options())
+    Case().fit(epochs=2, checkpoint=tmp_path / "run", **options())
+    assert rows(second.fit(checkpoint=tmp_path / "run", **options())) == rows(expected)
+    assert same(second.state(), whole.state())
+
+
+def test_early_stopping_by_another_column_starts_anew(tmp_path: Path) -> None:
+    errors = iter([1.0, 2.0, 9.0, 8.0, 7.0, 9.0, 9.0])
+
+    def fit(epochs: int, column: str) -> vdo.History:
+        stop = vdo.EarlyStop(f"val_{column}", patience=2)
+        validate = lambda: {"a": 0.0, "b": next(errors)}  # noqa: E731
+        return Case().fit(epochs=epochs, checkpoint=tmp_path / "run", validate=validate, early_stop=stop)
+
+    fit(2, "a")  # whose best value is one that the other column never has
+    assert len(fit(9, "b")) == 7
+
+
+def test_progress_of_a_run_with_other_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Case().fit(epochs=2, checkpoint=tmp_path / "run")
+    Case().fit(vdo.TensorBatches(*data(), batch_size=60), epochs=4, checkpoint=tmp_path / "run", progress=True)
+    assert "4/4 [" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    for path in (tmp_path, ""):
+        with pytest.raises(vdo.CheckpointError, match="is a folder; give a file"):
+            Case().fit(checkpoint=path)
+
+
+def test_files_that_another_run_writes_are_left_alone(tmp_path: Path) -> None:
+    other, own = tmp_path / f".run.b.{'0' * 16}.tmp", tmp_path / f".run.{'0' * 16}.tmp"
+    other.touch(), own.touch()
+    checkpoint.CheckpointFile(tmp_path / "run")
+    assert other.exists()
+    assert not own.exists()
 
 
 def test_other_objects_with_a_state(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def setup(rank: int, **options: Any) -> tuple[Any, Any, Any, Tensor, Tensor, flo
 
 def train(rank: int) -> dict[str, Any]:
     net, model, guide, x, y, before = setup(rank)
+    vdo.release_pretrained(net)
+    distributed.synchronize(net, guide)  # nothing can write to what is left of the weights
     optim = distributed.DistributedOptim(pyro.optim.Adam({"lr": 0.01}))
     svi = SVI(model, guide, optim, loss=Trace_ELBO())
     noise = torch.randn(3)
@@ -160,7 +162,23 @@ def checkpoints(rank: int) -> dict[str, Any]:
     return result
 
 
-CASES = {f.__name__: f for f in (train, kl_alone, without_noise, other_parameters, same_seed, scheduler, checkpoints)}
+def stops(rank: int) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    errors = iter([[3.0, 2.0, 9.0, 9.0, 9.0], [3.0, 2.5, 1.0, 1.0, 1.0]][rank])  # by the mean the second epoch is best
+    by_error: Any = {"validate": lambda: next(errors), "early_stop": vdo.EarlyStop("val", patience=2)}
+    by_callback: Any = {"callbacks": [lambda run: run.stop() if rank == run.epoch - 1 else None]}
+    for name, options in (("error", by_error), ("callback", by_callback)):
+        net, model, guide, x, y, _ = setup(rank)
+        optim = distributed.DistributedOptim(pyro.optim.Adam({"lr": 0.01}))
+        history = vdo.fit(model, guide, [(x, y)], epochs=5, optim=optim, progress=False, **options)
+        result[name] = (len(history), state(net, guide))
+    return result
+
+
+CASES = {
+    case.__name__: case
+    for case in (train, kl_alone, without_noise, other_parameters, same_seed, scheduler, checkpoints, stops)
+}
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +237,13 @@ def test_equal_seeds_are_reported(ranks: list[dict[str, Any]]) -> None:
 def test_a_scheduler_of_pyro_moves_in_fit(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["scheduler"] == (pytest.approx([0.01, 0.005]), pytest.approx([0.01, 0.005, 0.0025]))
+
+
+@pytest.mark.parametrize(("reason", "epochs"), [("error", 4), ("callback", 1)])
+def test_ranks_stop_together(ranks: list[dict[str, Any]], reason: str, epochs: int) -> None:
+    (first, parameters), (second, others) = (rank["stops"][reason] for rank in ranks)
+    assert first == second == epochs
+    assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
 
 
 def test_ranks_resume_from_checkpoints_of_their_own(ranks: list[dict[str, Any]]) -> None:

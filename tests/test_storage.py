@@ -11,6 +11,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -146,6 +147,11 @@ def test_header(tmp_path: Path) -> None:
         "4": [[10, 100], kept["4.weight"]],
     }
     assert header["sparsity"] == pytest.approx(1 - sum(kept.values()) / 266_200)
+
+
+def test_a_threshold_of_numpy(tmp_path: Path) -> None:
+    save(nn.Sequential(nn.Linear(2, 3)), tmp_path / "net", threshold=np.float32(2.5))
+    assert read_header(tmp_path / "net")["threshold"] == 2.5
 
 
 def test_modules_with_options_of_their_own_are_not_described_wrongly() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections import UserDict, namedtuple
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,6 +201,12 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     assert moved == pytest.approx(0.125, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_batches_by_name_are_cast(kind: Any) -> None:
+    x, y = data()
+    Case().fit([kind(x=x, y=y)], dtype=torch.float64, epochs=1)
+
+
 def test_device_and_dtype() -> None:
     case = Case()
     case.fit(dtype=torch.float64, device="cpu")
@@ -268,6 +276,42 @@ def test_schedules_are_asked_within_the_run_alone() -> None:
     assert Case().fit(epochs=1, lr=0.5, lr_schedule=0.5)[0]["lr"] == 0.25
 
 
+class MovingMean(torch.nn.Module):
+    """Puts new tensors in the place of its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1).expand(6))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean, self.count = 0.9 * self.mean + 0.1 * x.mean(0).detach(), self.count + 1
+        return x - self.mean
+
+
+def test_buffers_that_a_module_replaces(tmp_path: Path) -> None:
+    def make() -> tuple[Case, MovingMean]:
+        case, layer = Case(), MovingMean()
+        case.net[1] = layer
+        case.guide.setup(*data())
+        layer.count.zero_()
+        return case, layer
+
+    whole, layer = make()
+    whole.fit(validate=whole.batches(), epochs=4)
+    assert layer.count == 4 * 3  # by the steps alone, not by the KL and the validation
+    for epochs in (2, 4):
+        case, _ = make()
+        case.fit(epochs=epochs, checkpoint=tmp_path / "run")
+    assert same(case.state(), whole.state())
+    case, layer = make()
+    with pytest.raises(vdo.NumericalError):
+        case.fit(small_run.poisoned(math.nan))
+    assert layer.count == 2
+    assert torch.isfinite(layer.mean).all()
+
+
 def test_modes_that_a_callback_switches() -> None:
     case = Case()
     case.net.eval()
@@ -328,7 +372,7 @@ def test_batches_of_every_kind() -> None:
 
     loader = DataLoader(TensorDataset(x, y), batch_size=BATCH)
     kinds = [[x], [(x,)], [[x, y]], [{"x": x, "y": y}], loader, lambda: [x], lambda epoch: [x] * (epoch + 1), iter([x])]
-    for kind in kinds:
+    for kind in [*kinds, [namedtuple("Points", "x y")(x, y)], [UserDict(x=x, y=y)]]:
         guide = vdo.AutoFactorizedNormal(model)
         history = vdo.fit(model, guide, kind, epochs=1, progress=False)
         assert len(history) == 1
@@ -344,6 +388,10 @@ BATCH = small_run.BATCH
     ("bad", "message"),
     [
         (lambda: data(), "data must be an iterable of batches, not the tensors themselves"),
+        (
+            lambda: dict(zip("xy", data(), strict=True)),
+            "data must be an iterable of batches, not the tensors themselves",
+        ),
         (lambda: data()[0], "data must be an iterable of batches, not the tensors themselves"),
         (lambda: TensorDataset(*data()), "Wrap it in torch.utils.data.DataLoader"),
         (lambda: iter([data()]), "empty after one epoch"),
@@ -368,6 +416,8 @@ def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
         ({"optim": AdagradRMSProp, "lr_schedule": lambda epoch: 0.5}, "leave out lr_schedule"),
         ({"clip_grad": 0.0}, "clip_grad must be > 0"),
         ({"threshold": math.nan}, "threshold is nan"),
+        ({"epochs": None}, "epochs must be positive and whole, not None"),
+        ({"epochs": math.inf}, "epochs must be positive and whole"),
         ({"epochs": 2.5}, "epochs must be positive and whole"),
         ({"lr_schedule": -1.0}, "lr_schedule must be >= 0"),
         ({"validate": iter([])}, "validate is an iterator"),
@@ -381,6 +431,21 @@ def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
 )
 def test_arguments_that_make_no_sense(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        Case().fit(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"callbacks": print}, r"callbacks must be a list of functions, callbacks=\[function\]"),
+        ({"callbacks": [None]}, "callbacks must be a list of functions"),
+        ({"seed": 0.5}, "seed must be a whole number or None, not 0.5"),
+        ({"validate": lambda: None}, "validate must return a number or a dict of numbers, not None"),
+        ({"validate": lambda: {"error": torch.zeros(2)}}, "validate must return a number or a dict of numbers"),
+    ],
+)
+def test_arguments_of_another_type(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Case().fit(**options)
 
 

@@ -135,6 +135,13 @@ def make_optimizer(optim: PyroOptim, param: Tensor) -> Any:
     return optim._get_optim(param)
 
 
+def let_go(optim: PyroOptim, param: Tensor) -> None:
+    """Make a parameter new to a Pyro optimizer."""
+    optim.optim_objs.pop(param, None)
+    optim.grad_clip.pop(param, None)
+    optim._state_waiting_to_be_consumed.pop(pyro.get_param_store().param_name(param), None)
+
+
 def take_in(optim: PyroOptim, param: Tensor) -> None:
     """What the first step of a Pyro optimizer does with a new parameter before it steps."""
     optim.optim_objs[param] = made = make_optimizer(optim, param)

@@ -75,7 +75,7 @@ def to_bytes(module: nn.Module, threshold: float | None = None) -> bytes:
         "architecture": describe(module),
         "tensors": codes,
         "layers": {name: [list(shape), nonzero] for name, (shape, nonzero) in counts.items()},
-        "threshold": info.get("threshold", threshold),
+        "threshold": info.get("threshold", None if threshold is None else float(threshold)),
         "sparsity": 1 - kept / weights if weights else 0.0,
         "info": info,
     }

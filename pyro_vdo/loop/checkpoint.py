@@ -6,6 +6,7 @@ The file before it is kept beside it as ``NAME.previous``.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -175,6 +176,8 @@ class CheckpointFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if not self.path.name or self.path.is_dir():
+            raise CheckpointError(f"checkpoint: '{self.path}' is a folder; give a file, such as '{self.path / 'run'}'")
         self.previous = self.path.with_name(self.path.name + ".previous")
         self._whole = False  # this process has written or read the file, so that it may replace the previous one
         try:
@@ -183,7 +186,8 @@ class CheckpointFile:
                 pass
         except OSError as error:
             raise CheckpointError(f"checkpoint: cannot write to '{self.path.parent}': {error}") from error
-        for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a run that was killed while writing
+        leftovers = f".{glob.escape(self.path.name)}.{'[0-9a-f]' * 16}.tmp"  # of a run that was killed while writing
+        for leftover in self.path.parent.glob(leftovers):
             leftover.unlink(missing_ok=True)
 
     def exists(self) -> bool:

@@ -19,9 +19,9 @@ class History(list[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Stop when a column of the history has not improved for some epochs.
+    """Stop when a column of the history has not improved for some epochs; a run that is resumed later has stopped too.
 
-    :param monitor: the column, such as ``"val_error"``.
+    :param monitor: the column, such as ``"val_error"``; with ``DistributedOptim`` the mean over the ranks counts.
     :param patience: epochs without improvement after which the run stops.
     :param min_delta: what counts as an improvement.
     :param mode: ``"min"`` or ``"max"``.

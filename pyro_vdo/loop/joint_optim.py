@@ -10,6 +10,8 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_vdo._compat import param_store
+
 _NEW: Any = object()
 
 
@@ -77,6 +79,21 @@ class JointOptim(PyroOptim):
             self.optimizer.state.update(alone.state)  # AdagradRMSProp has one before its first step
         self.optim_objs[param] = self.optimizer
         self.grad_clip[param] = self._get_grad_clip(param)  # type: ignore[arg-type]  # Pyro means the parameter
+
+    def let_go(self, param: Tensor) -> None:
+        """Make a parameter new to this optimizer."""
+        param_store.let_go(self, param)
+        if self.optimizer is None:
+            return
+        self.optimizer.state.pop(param, None)
+        groups = list(zip(self.optimizer.param_groups, self._given, strict=True))
+        for group, _ in groups:
+            group["params"] = [other for other in group["params"] if other is not param]
+        left = [(group, given) for group, given in groups if group["params"]]
+        self.optimizer.param_groups[:] = [group for group, _ in left]
+        self._given = [given for _, given in left]
+        if not left:
+            self.optimizer = None
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         assert self.optimizer is not None

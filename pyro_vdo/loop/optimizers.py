@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ def make_optimizer(optim: Any, lr: float | None, options: Options | None) -> Tor
     :param options: parameter name -> options of its own, such as ``{"lr": 1e-4}``.
     :raises TypeError: for anything else, such as a torch optimizer that already has parameters.
     """
+    if isinstance(lr, np.generic):
+        lr = float(lr)
     if isinstance(optim, PyroOptim):
         if lr is not None or options is not None:
             raise TypeError("fit: a Pyro optimizer has its own learning rate; leave out lr and param_options")
@@ -160,6 +163,10 @@ class TorchOptimizer:
     def check_ranks(self, path: Path, epoch: int) -> None:
         """Nothing to do for a torch optimizer."""
 
+    def mean_over_ranks(self, value: float) -> float:
+        """The value itself: a torch optimizer knows of no ranks."""
+        return value
+
     def state(self, params: Mapping[str, Tensor]) -> Any:
         """The state of the optimizer, with its initial learning rates."""
         return {"state": {} if self.optimizer is None else self.optimizer.state_dict(), "base": self._base}
@@ -254,6 +261,11 @@ class PyroOptimizer:
         store = pyro.get_param_store()
         for name, param in params.items():
             self._check(param, state["state"].get(name), state["base"], name)
+        for param in params.values():  # of a run in this process that was interrupted: a state goes to new ones alone
+            if isinstance(self._owner, JointOptim):
+                self._owner.let_go(param)
+            else:
+                param_store.let_go(self._owner, param)
         saved = {store.param_name(p): state["state"].get(name) for name, p in params.items()}
         self.optimizer.set_state({name: value for name, value in saved.items() if value is not None})
         bases = {param: state["base"].get(name) for name, param in params.items()}
@@ -279,11 +291,7 @@ class PyroOptimizer:
 
         :raises CheckpointError: if they do not.
         """
-        if not isinstance(self.optimizer, DistributedOptim):
-            return
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (str(path.absolute()), epoch))
-        paths, epochs = zip(*everyone, strict=True)
+        paths, epochs = zip(*self._gathered((str(path.absolute()), epoch)), strict=True)
         if len(set(paths)) < len(paths):
             raise CheckpointError(
                 f"checkpoint: two ranks share '{path}', but each has random numbers of its own; give each a file of "
@@ -294,3 +302,16 @@ class PyroOptimizer:
                 f"checkpoint: the ranks would go on after epochs {list(epochs)}. Delete the files of those that are "
                 "ahead to resume from the ones before ('NAME.previous'), or pass resume=False to start anew."
             )
+
+    def mean_over_ranks(self, value: float) -> float:
+        """The mean over the processes of a :class:`DistributedOptim`, by which all of them decide alike."""
+        values: list[float] = self._gathered(value)
+        return sum(values) / len(values)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank; without :class:`DistributedOptim` there is one."""
+        if not isinstance(self.optimizer, DistributedOptim):
+            return [value]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, value)
+        return everyone

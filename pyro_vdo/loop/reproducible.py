@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -235,11 +235,50 @@ def load_buffers(buffers: Mapping[str, tuple[nn.Module, str, Tensor | None]], sa
     """Copy ``saved``, whose names and shapes are the same, into the buffers, in place where they exist."""
     for name, (module, attribute, value) in buffers.items():
         new = saved[name]
-        if value is not None and new is not None:
-            value.copy_(new)
-        elif value is not new:
+        if value is None or new is None:
             like = next(iter(module.parameters(recurse=False)), None)
             setattr(module, attribute, new if new is None or like is None else new.to(like.device))
+        elif not _is_expanded(value):
+            value.copy_(new)
+        elif not torch.equal(value, new.to(value)):
+            setattr(module, attribute, new.to(value, copy=True))
+
+
+#: module and attribute of a buffer, the tensor that was there, and a copy of it
+SavedBuffer = tuple[nn.Module, str, Tensor, Tensor]
+
+
+def saved_buffers(places: Iterable[tuple[nn.Module, str]]) -> list[SavedBuffer]:
+    """Copies of buffers, those that are None left out."""
+    named = ((module, attribute, module._buffers.get(attribute)) for module, attribute in places)
+    return [
+        (module, attribute, value, value if _is_expanded(value) else value.detach().clone())
+        for module, attribute, value in named
+        if value is not None
+    ]
+
+
+def put_back(saved: Iterable[SavedBuffer]) -> None:
+    """Give the buffers their values again, also where a module has put another tensor in their place."""
+    for module, attribute, buffer, value in saved:
+        module._buffers[attribute] = buffer
+        if value is not buffer:
+            buffer.data.copy_(value)
+
+
+def changed(saved: Iterable[SavedBuffer]) -> list[tuple[nn.Module, str]]:
+    """The buffers that have another value now."""
+    return [
+        (module, attribute)
+        for module, attribute, buffer, value in saved
+        if module._buffers.get(attribute) is not buffer or not torch.equal(buffer, value)
+    ]
+
+
+def _is_expanded(value: Tensor) -> bool:
+    """True for one value in many places, as ``release_pretrained`` leaves it: nothing can write to it."""
+    strides = value.stride() if value.layout is torch.strided else ()
+    return any(size > 1 and stride == 0 for size, stride in zip(value.shape, strides, strict=False))
 
 
 def _same_names(what: str, now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

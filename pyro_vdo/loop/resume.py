@@ -20,7 +20,9 @@ from pyro_vdo.loop.reproducible import (
     called,
     load_buffers,
     preserved_random_state,
+    put_back,
     random_state,
+    saved_buffers,
     set_random_state,
 )
 from pyro_vdo.loop.untrusted import check_fields, check_random_state, check_tensors
@@ -155,7 +157,7 @@ class Resumable:
 
         The first batch shows them all, but in models whose steps use different parts; order and names are as saved.
         """
-        kept = [(value, value.clone()) for _, _, value in self.objects.buffers().values() if value is not None]
+        kept = saved_buffers((module, attribute) for module, attribute, _ in self.objects.buffers().values())
         with preserved_random_state():
             for raw in called(self.data, "epoch", 0) if callable(self.data) else self.data:
                 self._batch = self._to_batch(raw)
@@ -171,8 +173,7 @@ class Resumable:
                 self._params = found
         if saved.keys() == self._params.keys():
             self._params = {name: self._params[name] for name in saved}
-        for buffer, value in kept:
-            buffer.data.copy_(value)
+        put_back(kept)
 
     def _check(self, state: Mapping[str, Any]) -> None:
         buffers = {name: value for name, (_, _, value) in self.objects.buffers().items()}

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from pyro_vdo._compat import tracing
-from pyro_vdo.batches import empty_argument
+from pyro_vdo.batches import arguments_of, empty_argument
 from pyro_vdo.families.units import unit_masks
 from pyro_vdo.guides import parts_with
 from pyro_vdo.handlers import scale_kl
@@ -25,7 +25,15 @@ from pyro_vdo.loop.checkpoint import CheckpointError, CheckpointFile
 from pyro_vdo.loop.history import History
 from pyro_vdo.loop.objective import Batch, DataTerm, NumericalError
 from pyro_vdo.loop.optimizers import make_optimizer
-from pyro_vdo.loop.reproducible import Objects, called, preserved_random_state
+from pyro_vdo.loop.reproducible import (
+    Objects,
+    SavedBuffer,
+    called,
+    changed,
+    preserved_random_state,
+    put_back,
+    saved_buffers,
+)
 from pyro_vdo.loop.resume import Resumable, Settings
 from pyro_vdo.loop.turns import TURNS
 
@@ -57,7 +65,7 @@ class Run(Resumable):
         self._params: dict[str, Tensor] = {}  # all so far: a step need not use every one
         self._used: dict[str, Tensor] = {}  # those of the last step
         self._num_batches: int | None = _length(data)
-        self._mutable: list[Tensor] | None = None  # buffers that a step changes, such as those of BatchNorm
+        self._mutable: list[tuple[nn.Module, str]] | None = None  # buffers that a step changes: those of BatchNorm, say
         self._in_training: frozenset[int] = frozenset()  # the modules in training mode when these were found
         self._batch: Batch = ((), {})
         self._kl_weight = 1.0
@@ -66,7 +74,7 @@ class Run(Resumable):
         self._bar_of_steps = True
 
     def stop(self) -> None:
-        """End the run after this epoch."""
+        """End the run after this epoch; one that is resumed from its checkpoint has ended too."""
         self._stopped = True
 
     # ----------------------------------------------------------------- the loop
@@ -112,7 +120,8 @@ class Run(Resumable):
     def _progress(self) -> Any:
         count = self._num_batches
         self._bar_of_steps = count is not None
-        total, done = (self.settings.epochs, self.epoch) if count is None else (self.settings.epochs * count, self.step)
+        steps = 1 if count is None else count
+        total, done = self.settings.epochs * steps, self.epoch * steps
         if not self.settings.progress:  # not tqdm(disable=True), which starts a thread all the same
             return nullcontext()
         return tqdm(total=total, initial=done, unit="epoch" if count is None else "step")
@@ -167,18 +176,7 @@ class Run(Resumable):
             )
 
     def _to_batch(self, raw: Any) -> Batch:
-        device, dtype = self.settings.device, self.settings.dtype
-
-        def move(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None, non_blocking=True)
-
-        if device is not None or dtype is not None:
-            raw = tree_map(move, raw)
-        if isinstance(raw, Mapping):
-            return (), dict(raw)
-        return (tuple(raw), {}) if isinstance(raw, (tuple, list)) else ((raw,), {})
+        return arguments_of(raw, self.settings.device, self.settings.dtype)
 
     # ----------------------------------------------------------------- one step
 
@@ -199,11 +197,10 @@ class Run(Resumable):
         except BaseException:
             for param in self._params.values():
                 param.grad = None
-            for buffer, value in saved:
-                buffer.data.copy_(value)
+            put_back(saved)
             raise
         if self._mutable is None:
-            self._mutable = [buffer for buffer, value in saved if not torch.equal(buffer, value)]
+            self._mutable = changed(saved)
         data_term = self._data_term(loss)  # before the step, which changes the parameters of recorded distributions
         self.optimizer.prepare(self._params)
         if factor is not None:
@@ -288,13 +285,11 @@ class Run(Resumable):
         if now != self._in_training:
             self._mutable, self._in_training = None, now
 
-    def _saved_buffers(self) -> list[tuple[Tensor, Tensor]]:
+    def _saved_buffers(self) -> list[SavedBuffer]:
         """Copies of the buffers that a step changes; of all while it is to be learned which these are."""
-        if self._mutable is None:
-            buffers = [value for _, _, value in self.objects.buffers().values() if value is not None]
-        else:
-            buffers = self._mutable
-        return [(buffer, buffer.detach().clone()) for buffer in buffers]
+        if self._mutable is not None:
+            return saved_buffers(self._mutable)
+        return saved_buffers((module, attribute) for module, attribute, _ in self.objects.buffers().values())
 
     # ----------------------------------------------------------------- the end of an epoch
 
@@ -316,6 +311,7 @@ class Run(Resumable):
         self._watch(row)
         for callback in settings.callbacks:
             callback(self)
+        self._stopped = self.optimizer.mean_over_ranks(self._stopped) > 0  # or the others would wait for this rank
         due = self.epoch % settings.checkpoint_every == 0 or self._stopped or last
         if self._file is not None and due:
             self._file.write(self._state())
@@ -328,8 +324,7 @@ class Run(Resumable):
             with preserved_random_state(), torch.no_grad():
                 yield
         finally:
-            for buffer, value in saved:
-                buffer.data.copy_(value)
+            put_back(saved)
 
     def _counts(self) -> dict[str, Any]:
         own = parts_with("posteriors", self.guide)
@@ -354,8 +349,8 @@ class Run(Resumable):
                     raise ValueError(f"fit: validate gave no batches in epoch {self.epoch + 1}")
                 result = {"nll": mean}
         if not isinstance(result, Mapping):
-            return {"val": float(result)}
-        return {key if key.startswith("val_") else f"val_{key}": float(value) for key, value in result.items()}
+            return {"val": _number(result)}
+        return {key if key.startswith("val_") else f"val_{key}": _number(value) for key, value in result.items()}
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -380,10 +375,12 @@ class Run(Resumable):
             if self.epoch >= self.settings.validate_every:
                 raise ValueError(f"fit: early_stop monitors '{stop.monitor}'; the columns are {sorted(row)}")
             return
-        value = float(row[stop.monitor])
-        if stop.better(value, None if self._best is None else self._best["value"]):
-            self._best = {"value": value, "epoch": self.epoch, "snapshot": self._snapshot()}
-        elif self._best is not None and self.epoch - self._best["epoch"] >= stop.patience:
+        value, best = self.optimizer.mean_over_ranks(float(row[stop.monitor])), self._best
+        if best is not None and best.get("monitor", stop.monitor) != stop.monitor:  # before the run was resumed
+            best = None
+        if stop.better(value, None if best is None else best["value"]):
+            self._best = {"value": value, "epoch": self.epoch, "snapshot": self._snapshot(), "monitor": stop.monitor}
+        elif best is not None and self.epoch - best["epoch"] >= stop.patience:
             self.stop()
 
     def _show(self, bar: Any) -> None:
@@ -407,6 +404,13 @@ def _length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"fit: validate must return a number or a dict of numbers, not {value!r}") from error
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -11,6 +11,7 @@ import inspect
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,8 @@ def _check_options(before: Mapping[str, Any], after: dict[str, Any]) -> None:
     for name, value in before.items():
         if not _alike(value, after.setdefault(name, value)):
             raise ValueError(f"its option '{name}' is {str(after[name])[:40]}, and here {str(value)[:40]}")
+        if isinstance(value, np.generic):  # which a file keeps as a number of Python, and computes otherwise
+            after[name] = type(value)(after[name])
     for name in _KERNELS:
         if before.get(name) != after.get(name):
             raise ValueError(f"its option '{name}' is {str(after.get(name))[:40]}, and here {before.get(name)}")
@@ -216,7 +219,7 @@ def _alike(a: Any, b: Any) -> bool:
         return a.shape == b.shape and _kind(a) == _kind(b)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
-    numbers = isinstance(a, int | float) and isinstance(b, int | float)
+    numbers = isinstance(a, Real) and isinstance(b, Real)
     return type(a) is type(b) or (numbers and not isinstance(a, bool) and not isinstance(b, bool))
 
 
@@ -253,6 +256,9 @@ def _check_state(own: Any, param: Tensor, layout: Mapping[str, Any] | None, fuse
         if name in layout:
             value, elementwise = layout[name]
             _check_entry(name, new, value, elementwise, param)
+        if isinstance(new, Tensor) and new.shape == param.shape and new.stride() != param.stride():
+            # Fused optimizers take the memory of state and parameter side by side; a file keeps no memory format.
+            own[name] = torch.empty_like(param, dtype=new.dtype, device=new.device).copy_(new)
 
 
 def _check_entry(name: str, new: Any, value: Any, elementwise: bool, param: Tensor) -> None:
