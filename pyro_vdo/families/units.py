@@ -31,10 +31,11 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: layers in which noise can be inserted, and into which it can be folded
 LINEAR_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 # f(c x) = c f(x) for c >= 0, unit by unit
-_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-                nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-                nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
-                nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)  # fmt: skip
+_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+#: pooling, which is so too, -> number of rightmost dimensions that it takes together
+_POOLINGS: dict[type[nn.Module], int] = {
+    getattr(nn, f"{kind}Pool{n}d"): n for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for n in (1, 2, 3)
+}
 _INPUT, _OUTPUT = "noise_in", "noise"
 
 
@@ -236,8 +237,7 @@ def _fold_sequential(parent: nn.Sequential, places: Mapping[int, int]) -> None:
     for at, noise in enumerate(layers):
         if not isinstance(noise, UnitNoise):
             continue
-        scale = noise.weight.detach()
-        passed = _HOMOGENEOUS if bool((scale >= 0).all()) else (nn.Identity,)
+        scale, passed = noise.weight.detach(), _passed(noise)
         before = next((i for i in range(at - 1, -1, -1) if not isinstance(layers[i], passed)), None)
         after = next((i for i in range(at + 1, len(layers)) if not isinstance(layers[i], nn.Identity)), None)
         if before is not None and _has_units(layers[before], noise, "out") and is_free(layers[before : at + 1]):
@@ -252,6 +252,13 @@ def _fold_sequential(parent: nn.Sequential, places: Mapping[int, int]) -> None:
         else:
             continue
         parent[at] = layers[at] = nn.Identity()
+
+
+def _passed(noise: UnitNoise) -> tuple[type[nn.Module], ...]:
+    """Layers that the noise may be moved across: poolings take positions together, not units."""
+    if not bool((noise.weight >= 0).all()):
+        return (nn.Identity,)
+    return (*_HOMOGENEOUS, *(kind for kind, dims in _POOLINGS.items() if dims <= noise.positions))
 
 
 def _has_units(layer: nn.Module, noise: UnitNoise, side: str) -> bool:
