@@ -227,6 +227,8 @@ def test_choice_of_layers():
         vdo.add_unit_noise(mlp(), ["1"])
     with pytest.raises(ValueError, match="no layer"):
         vdo.add_unit_noise(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="'0' is lazy; run the network once"):
+        vdo.add_unit_noise(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))
     with pytest.raises(ValueError, match="side must be"):
         vdo.add_unit_noise(mlp(), side="left")
     with pytest.raises(ValueError, match="units >= 1"):

@@ -94,7 +94,8 @@ def add_unit_noise(
         ``out_proj`` of attention, whose weight a fused function takes, cannot have noise.
     :param side: scale the outputs of a layer (its child is then ``noise``) or its inputs (``noise_in``).
     :raises TypeError: if ``where`` is neither names nor a function.
-    :raises ValueError: for unknown names or sides, layers of another type, a converted network, or if no layer is left.
+    :raises ValueError: for unknown names or sides, lazy layers and those of another type, a converted network, or if no
+        layer is left.
     """
     if isinstance(net, PyroModule):
         raise ValueError(
@@ -111,6 +112,8 @@ def add_unit_noise(
         raise ValueError(f"add_unit_noise: no layer to put noise on; the network has {sorted(layers)}")
     for name in chosen:
         layer: Any = layers[name]
+        if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"add_unit_noise: '{name}' is lazy; run the network once before")
         linear, positions = isinstance(layer, nn.Linear), layer.weight.dim() - 2
         if side == "output":
             noise = UnitNoise(layer.out_features if linear else layer.out_channels, positions).to(layer.weight)
@@ -198,8 +201,9 @@ def fold_unit_noise(net: nn.Module) -> nn.Module:
 
     Exact: the copy computes the same function. Noise inserted by :func:`add_unit_noise` is folded into its layer; a
     layer in a ``Sequential`` is folded into the linear, convolutional or batch normalisation layer before it
-    (activations that are positively homogeneous and poolings may lie between) or into the linear layer right after it,
-    and becomes an ``Identity``. Where neither is there, it stays, as beside weights that are parametrized, hooks that
+    (activations that are positively homogeneous and poolings over positions may lie between; a ``BatchNorm1d`` of as
+    many features as there are units is taken for one of the units) or into the linear layer right after it, and becomes
+    an ``Identity``. Where neither is there, it stays, as beside weights that are parametrized, hooks that
     come between, and layers of a ``Sequential`` that the network has in several places. Tied weights are untied.
     """
     folded = copy.deepcopy(net)
