@@ -498,3 +498,39 @@ def test_without_torch_pruning_the_error_says_how_to_install_it(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ExportError, match=r"pip install 'torch-pruning>=1\.4'"):
         compact_module(nn.Linear(2, 2), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_vectors_that_are_read_as_channels_and_channels_that_come_last(last: bool) -> None:
+    class Reshaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(2, 6, 3) if last else nn.Linear(6, 8)
+            self.second = nn.Linear(24, 3) if last else nn.Conv1d(2, 3, 3)
+            self.out = nn.Linear(3 if last else 6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.first(x))
+            h = h.permute(0, 2, 3, 1).flatten(1) if last else h.unflatten(1, (2, 4))
+            result: Tensor = self.out(torch.relu(self.second(h)).flatten(1))
+            return result
+
+    for seed in range(30):
+        torch.manual_seed(seed)
+        net = Reshaped().eval()
+        with torch.no_grad():
+            for layer in (net.first, net.second, net.out):
+                layer.bias.normal_()
+                layer.weight.mul_(torch.rand_like(layer.weight) < 0.3)
+        x = torch.randn(100, 2, 4, 4) if last else torch.randn(100, 6)
+        close(compact_module(net, x[:2])(x), net(x))
+
+
+def test_batch_norm_of_positions_is_no_norm_of_units() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(8, 2)).eval()
+    with torch.no_grad():
+        net[3].weight[:, 5] = 0
+    x = torch.randn(4, 3, 6)
+    small = compact_module(net, x)
+    assert (small[1].num_features, len(small[1].weight)) == (3, 3)
+    close(small(x), net(x))

@@ -227,6 +227,8 @@ def test_choice_of_layers():
         vdo.add_unit_noise(mlp(), ["1"])
     with pytest.raises(ValueError, match="no layer"):
         vdo.add_unit_noise(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="'0' is lazy; run the network once"):
+        vdo.add_unit_noise(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))
     with pytest.raises(ValueError, match="side must be"):
         vdo.add_unit_noise(mlp(), side="left")
     with pytest.raises(ValueError, match="units >= 1"):
@@ -368,3 +370,13 @@ def test_predictions_of_a_network_in_bfloat16(parallel: bool) -> None:
 def test_noise_comes_before_the_conversion() -> None:
     with pytest.raises(ValueError, match=r"converted already\. The noise comes first: to_bayesian"):
         vdo.add_unit_noise(vdo.to_bayesian(mlp(), vdo.LogUniform()))
+
+
+def test_noise_is_not_moved_across_a_pooling_of_its_units() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.MaxPool1d(3, 1, 1), vdo.UnitNoise(8), nn.Linear(8, 2)).eval()
+    with torch.no_grad():
+        net[2].weight.copy_(torch.linspace(0, 1, 8))
+    x = torch.randn(5, 3, 6)
+    folded = vdo.fold_unit_noise(net)
+    assert isinstance(folded[2], nn.Identity)
+    torch.testing.assert_close(folded(x), net(x))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CONVOLUTIONS = (
@@ -188,7 +189,7 @@ def find_units(tp: Any, module: nn.Module, example: tuple[Any, ...], free: set[i
 
 
 def read_unit(graph: Any, size: int, group: Any, free: set[int]) -> Unit:
-    unit = Unit(size, False, [], [])
+    unit = Unit(size, _merges_units(group), [], [])
     for item in group:
         target = item.dep.target.module
         index, roots = (torch.tensor(at, dtype=torch.long, device="cpu") for at in (item.idxs, item.root_idxs))
@@ -207,9 +208,21 @@ def read_unit(graph: Any, size: int, group: Any, free: set[int]) -> Unit:
     return unit
 
 
+def _merges_units(group: Any) -> bool:
+    """True where several outputs of the root become one unit, a vector read as channels: all but one are lost then."""
+    for item in group:
+        if any(type(m).__name__ == "_FlattenIndexMapping" and m.reverse for m in item.dep.index_mapping):
+            before = {root for other in group if other.dep.target is item.dep.source for root in other.root_idxs}
+            if before != set(item.root_idxs):
+                return True
+    return False
+
+
 def _size(item: Any) -> int:
     """How many units the target of a dependency has; the graph has got it wrong where it names others."""
     target = item.dep.target.module
+    if isinstance(target, _BatchNorm):
+        return target.num_features
     if type(target) not in (*LAYERS, nn.Embedding):
         return sys.maxsize
     outputs = item.dep.handler.__name__ == "prune_out_channels"

@@ -46,6 +46,7 @@ def save(module: nn.Module, path: str | os.PathLike[str], *, threshold: float | 
 
     Tensors with many zeros are stored as positions and values. The structure of networks of ``nn.Sequential`` and
     torch's usual layers is stored too, so that :func:`load` needs nothing else; of other classes only their layers.
+    A layer that the network has in several places is stored, and loaded, as one of its own for each.
 
     :param path: the file; by custom ``.safetensors``.
     :param threshold: for the header, where ``module.export_info`` does not tell it.

@@ -31,10 +31,11 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: layers in which noise can be inserted, and into which it can be folded
 LINEAR_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 # f(c x) = c f(x) for c >= 0, unit by unit
-_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-                nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-                nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
-                nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)  # fmt: skip
+_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+#: pooling, which is so too, -> number of rightmost dimensions that it takes together
+_POOLINGS: dict[type[nn.Module], int] = {
+    getattr(nn, f"{kind}Pool{n}d"): n for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for n in (1, 2, 3)
+}
 _INPUT, _OUTPUT = "noise_in", "noise"
 
 
@@ -93,7 +94,8 @@ def add_unit_noise(
         ``out_proj`` of attention, whose weight a fused function takes, cannot have noise.
     :param side: scale the outputs of a layer (its child is then ``noise``) or its inputs (``noise_in``).
     :raises TypeError: if ``where`` is neither names nor a function.
-    :raises ValueError: for unknown names or sides, layers of another type, a converted network, or if no layer is left.
+    :raises ValueError: for unknown names or sides, lazy layers and those of another type, a converted network, or if no
+        layer is left.
     """
     if isinstance(net, PyroModule):
         raise ValueError(
@@ -110,6 +112,8 @@ def add_unit_noise(
         raise ValueError(f"add_unit_noise: no layer to put noise on; the network has {sorted(layers)}")
     for name in chosen:
         layer: Any = layers[name]
+        if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"add_unit_noise: '{name}' is lazy; run the network once before")
         linear, positions = isinstance(layer, nn.Linear), layer.weight.dim() - 2
         if side == "output":
             noise = UnitNoise(layer.out_features if linear else layer.out_channels, positions).to(layer.weight)
@@ -197,8 +201,9 @@ def fold_unit_noise(net: nn.Module) -> nn.Module:
 
     Exact: the copy computes the same function. Noise inserted by :func:`add_unit_noise` is folded into its layer; a
     layer in a ``Sequential`` is folded into the linear, convolutional or batch normalisation layer before it
-    (activations that are positively homogeneous and poolings may lie between) or into the linear layer right after it,
-    and becomes an ``Identity``. Where neither is there, it stays, as beside weights that are parametrized, hooks that
+    (activations that are positively homogeneous and poolings over positions may lie between; a ``BatchNorm1d`` of as
+    many features as there are units is taken for one of the units) or into the linear layer right after it, and becomes
+    an ``Identity``. Where neither is there, it stays, as beside weights that are parametrized, hooks that
     come between, and layers of a ``Sequential`` that the network has in several places. Tied weights are untied.
     """
     folded = copy.deepcopy(net)
@@ -236,8 +241,7 @@ def _fold_sequential(parent: nn.Sequential, places: Mapping[int, int]) -> None:
     for at, noise in enumerate(layers):
         if not isinstance(noise, UnitNoise):
             continue
-        scale = noise.weight.detach()
-        passed = _HOMOGENEOUS if bool((scale >= 0).all()) else (nn.Identity,)
+        scale, passed = noise.weight.detach(), _passed(noise)
         before = next((i for i in range(at - 1, -1, -1) if not isinstance(layers[i], passed)), None)
         after = next((i for i in range(at + 1, len(layers)) if not isinstance(layers[i], nn.Identity)), None)
         if before is not None and _has_units(layers[before], noise, "out") and is_free(layers[before : at + 1]):
@@ -252,6 +256,13 @@ def _fold_sequential(parent: nn.Sequential, places: Mapping[int, int]) -> None:
         else:
             continue
         parent[at] = layers[at] = nn.Identity()
+
+
+def _passed(noise: UnitNoise) -> tuple[type[nn.Module], ...]:
+    """Layers that the noise may be moved across: poolings take positions together, not units."""
+    if not bool((noise.weight >= 0).all()):
+        return (nn.Identity,)
+    return (*_HOMOGENEOUS, *(kind for kind, dims in _POOLINGS.items() if dims <= noise.positions))
 
 
 def _has_units(layer: nn.Module, noise: UnitNoise, side: str) -> bool:
