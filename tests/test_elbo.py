@@ -29,6 +29,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
+from pyro.infer.resampler import Resampler
 from pyro.nn import PyroModule, PyroSample
 from scipy.integrate import quad
 from scipy.special import dawsn
@@ -355,7 +356,7 @@ def test_renyi_elbo_trains_after_eval() -> None:
     assert sum(losses[-20:]) < sum(losses[:20]) - 100
 
 
-@pytest.mark.parametrize("use", ["renyi", "importance", "vectorized", "predictive"])
+@pytest.mark.parametrize("use", ["renyi", "importance", "vectorized", "predictive", "resampler"])
 def test_joint_samples_are_drawn_even_in_training(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Importance weights of undrawn weights would be wrong in silence."""
     problem = Problem()
@@ -375,6 +376,12 @@ def test_joint_samples_are_drawn_even_in_training(use: str, monkeypatch: pytest.
         "importance": lambda: Importance(*pair, num_samples=2).run(problem.x, problem.y),
         "vectorized": lambda: vectorized_importance_weights(
             *pair, problem.x, problem.y, num_samples=2, max_plate_nesting=1
+        ),
+        "resampler": lambda: Resampler(
+            lambda: problem.guide(problem.x, problem.y),
+            lambda: problem.net(problem.x),
+            num_guide_samples=2,
+            max_plate_nesting=1,
         ),
         "predictive": lambda: Predictive(problem.model, guide=problem.guide, num_samples=2)(problem.x),
     }
