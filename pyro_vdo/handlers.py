@@ -15,7 +15,7 @@ from pyro_vdo.undrawn import ENABLED
 
 @contextmanager
 def local_reparameterization(enabled: bool = True) -> Iterator[None]:
-    """Inside of ``with local_reparameterization(False)`` guides in training draw their weights as well."""
+    """Inside of ``with local_reparameterization(False)`` guides in training, and those by hand, draw their weights."""
     token = ENABLED.set(enabled)
     try:
         yield

@@ -24,6 +24,8 @@ class FactorizedNormal(dist.Normal):
 
     A linear map that consumes the sample is computed by local reparameterization; ``log_prob`` at it is its expected
     log density, so that a site in plain ``Trace_ELBO`` contributes log p - log q = -KL without Monte Carlo noise.
+    Where joint samples are needed (``Predictive``, importance sampling), and inside of
+    ``local_reparameterization(False)``, ``rsample`` returns real numbers.
 
     :param loc: mean, any shape.
     :param scale: standard deviation > 0, broadcastable against ``loc``; not needed where ``log_scale`` is given.
