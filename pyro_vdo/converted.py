@@ -34,7 +34,7 @@ class BayesianModule(PyroModule):
         params = self.__dict__.get("_parameters")
         if params is not None and name in params and params[name] is not None:
             if pyro_modules.module_context(self).active:
-                param_store.param_statement(self, pyro_modules.full_name(self, name), params[name])
+                return param_store.param_statement(self, pyro_modules.full_name(self, name), params[name])
             return params[name]
         if _PRINTING.get() and name in self.__dict__.get("_buffers", ()):
             return self.__dict__["_buffers"][name]

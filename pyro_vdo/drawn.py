@@ -25,10 +25,8 @@ class DrawnWeight(Tensor):
     ) -> Any:
         args, kwargs = tree_map(_plain, (args, kwargs or {}))
         rule = cls.rules.get(func)
-        if rule is not None:
-            return rule(func, args, kwargs)
         try:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if rule is None else rule(func, args, kwargs)
         except RuntimeError as error:  # torch speaks of dimensions
             if not issubclass(cls, PrunedDraw):
                 error.args = (f"{error}\n{_PARTICLES}", *error.args[1:])

@@ -218,9 +218,10 @@ def check_known(sites: Iterable[str], known: Iterable[str]) -> None:
     missing = sorted(set(sites) - set(known))
     if missing:
         raise ExportError(
-            f"the guide knows no posterior for {missing}, which are weights of the network. If another guide "
-            "has them, pass an AutoGuideList with both. If the model never uses these layers, leave them out of where= "
-            "of to_bayesian; for a network that is trained, put others in their place: net.head = torch.nn.Identity()"
+            f"the guide knows no posterior for {missing}, which are weights of the network. If another guide has them, "
+            "pass an AutoGuideList with both; a function in it has to be an AutoCallable(model, function, median=...). "
+            "If the model never uses these layers, leave them out of where= of to_bayesian; for a network that is "
+            "trained, put others in their place: net.head = torch.nn.Identity()"
         )
 
 

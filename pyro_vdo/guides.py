@@ -17,7 +17,6 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_vdo import handlers
 from pyro_vdo._compat import callers, param_store, tracing
 from pyro_vdo.batches import empty_argument
 from pyro_vdo.initial import Init, InitialValues, base_prior, init_to_pretrained, log_scale_of
@@ -26,7 +25,7 @@ from pyro_vdo.pruning import Prunable
 from pyro_vdo.sharing import share_sums
 from pyro_vdo.site_posterior import SitePosterior, is_real, registered_posterior
 from pyro_vdo.together import may_be_joint, taken_together
-from pyro_vdo.undrawn import Undrawn
+from pyro_vdo.undrawn import Undrawn, may_stay, may_stay_undrawn
 from pyro_vdo.variables import ReuseError, ReusePolicy
 
 
@@ -211,19 +210,19 @@ class AutoFactorizedNormal(Prunable, AutoGuide):
         """
         self._refuse_empty(args, kwargs)
         self.setup(*args, **kwargs)
-        undrawn = self.training and handlers.local_reparameterization_enabled()
-        undrawn = undrawn and not callers.joint_samples_are_needed()
+        undrawn = self.training and may_stay_undrawn()
         if undrawn and self._joint_sites:
             self._report_together(args, kwargs)
         plates = self._create_plates(*args, **kwargs)
         result = {}
-        for name, site in self._require_setup():
-            with ExitStack() as stack:
-                for frame in site["cond_indep_stack"]:
-                    stack.enter_context(plates[frame.name])
-                value = result[name] = self._sample_site(name, site, undrawn)
-                if undrawn and name in self.draw and isinstance(value, Undrawn):
-                    value.draw()  # densities still ask for the expectation
+        with may_stay(undrawn):
+            for name, site in self._require_setup():
+                with ExitStack() as stack:
+                    for frame in site["cond_indep_stack"]:
+                        stack.enter_context(plates[frame.name])
+                    value = result[name] = self._sample_site(name, site, undrawn)
+                    if undrawn and name in self.draw and isinstance(value, Undrawn):
+                        value.draw()  # densities still ask for the expectation
         if undrawn:
             share_sums((result[name], base_prior(site["fn"])) for name, site in self._require_setup())
         return result

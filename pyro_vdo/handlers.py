@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 
-_ENABLED: ContextVar[bool] = ContextVar("pyro_vdo_local_reparameterization", default=True)
-
-
-def local_reparameterization_enabled() -> bool:
-    """False inside of ``with local_reparameterization(False)``."""
-    return _ENABLED.get()
+from pyro_vdo.undrawn import ENABLED
 
 
 @contextmanager
 def local_reparameterization(enabled: bool = True) -> Iterator[None]:
-    """Inside of ``with local_reparameterization(False)`` guides in training draw their weights as well."""
-    token = _ENABLED.set(enabled)
+    """Inside of ``with local_reparameterization(False)`` guides in training, and those by hand, draw their weights."""
+    token = ENABLED.set(enabled)
     try:
         yield
     finally:
-        _ENABLED.reset(token)
+        ENABLED.reset(token)
 
 
 class scale_kl(Messenger):  # noqa: N801  (handlers are lower case in Pyro)

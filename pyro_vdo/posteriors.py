@@ -14,7 +14,7 @@ from pyro_vdo.drawn import PrunedDraw
 from pyro_vdo.numerics import fused
 from pyro_vdo.numerics.large import Meeting
 from pyro_vdo.special import LOG_SQRT_2PI
-from pyro_vdo.undrawn import Undrawn
+from pyro_vdo.undrawn import Undrawn, may_stay_undrawn
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight
 
@@ -24,6 +24,8 @@ class FactorizedNormal(dist.Normal):
 
     A linear map that consumes the sample is computed by local reparameterization; ``log_prob`` at it is its expected
     log density, so that a site in plain ``Trace_ELBO`` contributes log p - log q = -KL without Monte Carlo noise.
+    Where joint samples are needed (``Predictive``, importance sampling), and inside of
+    ``local_reparameterization(False)``, ``rsample`` returns real numbers.
 
     :param loc: mean, any shape.
     :param scale: standard deviation > 0, broadcastable against ``loc``; not needed where ``log_scale`` is given.
@@ -113,6 +115,8 @@ class FactorizedNormal(dist.Normal):
 
     def rsample(self, sample_shape: Any = (), *, event_dim: int | None = None) -> Tensor:
         """One undrawn weight, or with ``sample_shape`` several, of shape (*sample_shape, *batch_shape)."""
+        if not may_stay_undrawn():
+            return self.drawn().rsample(sample_shape)
         shape = self._extended_shape(torch.Size(sample_shape))
 
         def expanded(tensor: Tensor | None) -> Any:

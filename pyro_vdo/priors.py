@@ -119,6 +119,12 @@ class WeightPrior(TorchDistribution):
         self._refuse()
 
     def _refuse(self) -> NoReturn:
+        if callers.guided_models():
+            raise ImproperPriorError(
+                f"{type(self).__name__} is not a proper distribution and cannot be sampled, and the guide of the model "
+                "has no such site: it knows those that the model had in its first call. Set it up with arguments for "
+                "which the model has all of them, guide.setup(*args); it may leave some out later."
+            )
         raise ImproperPriorError(
             f"{type(self).__name__} is not a proper distribution and cannot be sampled. Run the model with a guide: "
             "AutoFactorizedNormal(model) starts from the network's own weights. For Pyro's own guides pass "

@@ -7,7 +7,9 @@ draws it, once for the pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +22,27 @@ from pyro_vdo.drawn import DrawnWeight
 from pyro_vdo.variables import Variable
 
 Rule = Callable[..., Any]
+
+#: false inside of ``local_reparameterization(False)``
+ENABLED: ContextVar[bool] = ContextVar("pyro_vdo_local_reparameterization", default=True)
+#: the answer of :func:`may_stay_undrawn` for a whole guide
+_ANSWER: ContextVar[bool | None] = ContextVar("pyro_vdo_may_stay_undrawn", default=None)
+
+
+def may_stay_undrawn() -> bool:
+    """False where samples have to be drawn: for ``Predictive``, importance sampling and their kin, or on request."""
+    answer = _ANSWER.get()
+    return ENABLED.get() and not callers.joint_samples_are_needed() if answer is None else answer
+
+
+@contextmanager
+def may_stay(answer: bool) -> Iterator[None]:
+    """Answer for all samples in this context: to look for callers takes time."""
+    token = _ANSWER.set(answer)
+    try:
+        yield
+    finally:
+        _ANSWER.reset(token)
 
 
 class Undrawn(Tensor):

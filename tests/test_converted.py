@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.inspect import get_dependencies, get_model_relations
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
@@ -144,3 +145,31 @@ def test_the_first_pass_of_a_guide_leaves_loaded_statistics_alone(kind: Any) -> 
     assert all(torch.equal(net.get_buffer(name), plain.get_buffer(name)) for name in buffers)
     poutine.replay(net, trace=poutine.trace(guide).get_trace(X))(X)
     assert not any(torch.equal(net.get_buffer(name), plain.get_buffer(name)) for name in buffers)
+
+
+def test_handlers_of_parameters_change_what_the_network_reads() -> None:
+    net = vdo.to_bayesian(nn.Linear(3, 2), dist.Normal(0.0, 1.0))
+    x, bias = torch.ones(4, 3), torch.tensor([7.0, -7.0])
+    weight = {"weight": torch.zeros(2, 3)}
+    with poutine.condition(data=weight), poutine.substitute(data={"bias": bias}):
+        torch.testing.assert_close(net(x), bias.expand(4, 2))
+    lifted = poutine.lift(net, prior={"bias": dist.Delta(2 * bias).to_event(1)})
+    torch.testing.assert_close(poutine.condition(lifted, data=weight)(x), 2 * bias.expand(4, 2))
+    random = vdo.AutoFactorizedNormal(poutine.lift(net, prior={"bias": dist.Normal(bias, 1.0).to_event(1)})).setup(x)
+    assert random.site_names() == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("prior", [vdo.LogUniform(), dist.Normal(0.0, 1.0)], ids=["improper", "proper"])
+def test_pictures_of_models_show_networks(prior: Any) -> None:
+    net = vdo.to_bayesian(nn.Linear(3, 2), prior)
+
+    def model(x: Tensor) -> None:
+        mean = net(x)
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.zeros(4, 2))
+
+    relations = get_model_relations(model, (torch.ones(4, 3),))
+    assert relations["sample_sample"] == {"weight": [], "y": ["weight"]}
+    assert relations["sample_param"] == {"weight": [], "y": ["bias"]}
+    assert relations["param_constraint"] == {"bias": "Real()"}
+    assert get_dependencies(model, (torch.ones(4, 3),))["posterior_dependencies"]["weight"].keys() == {"weight", "y"}

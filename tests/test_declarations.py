@@ -93,6 +93,22 @@ def test_called_outside_of_a_model() -> None:
     assert not torch.equal(proper(X), proper(X))
 
 
+def test_sites_that_come_later_than_the_guide() -> None:
+    first, second = (vdo.to_bayesian(nn.Linear(3, 3), vdo.LogUniform(), name=name) for name in ("first", "second"))
+
+    def model(x: Tensor, deep: bool) -> None:
+        out = second(first(x)) if deep else first(x)
+        pyro.sample("y", dist.Normal(out, 1.0).to_event(2), obs=torch.zeros(len(x), 3))
+
+    x = torch.ones(4, 3)
+    with pytest.raises(vdo.ImproperPriorError, match=r"the guide of the model has no such site.*guide\.setup"):
+        step(model, vdo.AutoFactorizedNormal(model).setup(x, False), x, True)
+    guide = vdo.AutoFactorizedNormal(model).setup(x, True)
+    assert step(model, guide, x, True) > 0
+    with pytest.warns(UserWarning, match="in guide but not model"):
+        step(model, guide, x, False)
+
+
 def test_reads_outside_of_a_call_do_not_touch_undrawn_weights() -> None:
     setup = Setup()
     setup.train()

@@ -68,6 +68,14 @@ def test_layers_that_take_no_particles_name_the_remedy() -> None:
             run(x)
 
 
+def test_models_without_a_plate_name_the_remedy() -> None:
+    """Then the samples take the dimension of the data."""
+    net = vdo.to_bayesian(nn.Linear(3, 2), vdo.LogUniform())
+    guide = vdo.AutoFactorizedNormal(net).setup(torch.ones(5, 3))
+    with pytest.raises(RuntimeError, match=r"Predictive\(..., parallel=False\)"):
+        Predictive(net, guide=guide, num_samples=4, parallel=True)(torch.ones(5, 3))
+
+
 def particles(model: Any, guide: Any) -> Any:
     elbo = Trace_ELBO(4, max_plate_nesting=1, vectorize_particles=True)
     return lambda x: elbo.loss(model, guide, x)

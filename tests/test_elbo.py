@@ -29,12 +29,15 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
+from pyro.infer.resampler import Resampler
 from pyro.nn import PyroModule, PyroSample
 from scipy.integrate import quad
 from scipy.special import dawsn
 from torch import Tensor, nn
 
 import pyro_vdo as vdo
+from pyro_vdo.families.correlated import CorrelatedNormal
+from pyro_vdo.families.multiplicative import GaussianDropoutNormal
 from pyro_vdo.undrawn import Undrawn
 
 N, FULL = 6, 60
@@ -388,7 +391,7 @@ def test_renyi_elbo_trains_after_eval() -> None:
     assert sum(losses[-20:]) < sum(losses[:20]) - 100
 
 
-@pytest.mark.parametrize("use", ["renyi", "importance", "vectorized", "predictive"])
+@pytest.mark.parametrize("use", ["renyi", "importance", "vectorized", "predictive", "resampler"])
 def test_joint_samples_are_drawn_even_in_training(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Importance weights of undrawn weights would be wrong in silence."""
     problem = Problem()
@@ -409,12 +412,52 @@ def test_joint_samples_are_drawn_even_in_training(use: str, monkeypatch: pytest.
         "vectorized": lambda: vectorized_importance_weights(
             *pair, problem.x, problem.y, num_samples=2, max_plate_nesting=1
         ),
+        "resampler": lambda: Resampler(
+            lambda: problem.guide(problem.x, problem.y),
+            lambda: problem.net(problem.x),
+            num_guide_samples=2,
+            max_plate_nesting=1,
+        ),
         "predictive": lambda: Predictive(problem.model, guide=problem.guide, num_samples=2)(problem.x),
     }
     calls[use]()
     assert kinds
     assert not any(kinds)
     Trace_ELBO().loss(*pair, problem.x, problem.y)
+    assert all(kinds[-2:])
+
+
+FAMILIES: dict[str, Callable[[Tensor], Any]] = {
+    "factorized": lambda loc: vdo.FactorizedNormal(loc, 0.3 * torch.ones_like(loc)),
+    "dropout": lambda loc: GaussianDropoutNormal(loc, -1.0),
+    "correlated": lambda loc: CorrelatedNormal(
+        loc, 0.3 * torch.eye(loc.shape[-1]).to(loc).expand(*loc.shape, -1), math.log(0.3) * torch.ones_like(loc)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_guides_by_hand_draw_where_joint_samples_are_needed(family: str, parallel: bool) -> None:
+    """The same sites in a function: importance weights of undrawn weights would be wrong in silence."""
+    problem, kinds = Problem(prior=dist.Normal(0.0, 1.0)), []
+    locs = {name: q.loc for name, q in problem.guide.posteriors().items()}
+
+    def guide(x: Tensor, y: Tensor | None = None) -> None:
+        for name, loc in locs.items():
+            value = pyro.sample(name, FAMILIES[family](loc).to_event(2))
+            kinds.append(isinstance(value, Undrawn))
+
+    pair, data = (problem.model, guide), (problem.x, problem.y)
+    RenyiELBO(alpha=0.5, num_particles=2, vectorize_particles=parallel, max_plate_nesting=1).loss(*pair, *data)
+    Importance(*pair, num_samples=2).run(*data)
+    samples = Predictive(*pair[:1], guide=guide, num_samples=5, parallel=parallel)(problem.x)
+    assert samples["y"].shape == (5, N, 2)
+    with vdo.local_reparameterization(False):
+        Trace_ELBO().loss(*pair, *data)
+    assert kinds
+    assert not any(kinds)
+    Trace_ELBO().loss(*pair, *data)
     assert all(kinds[-2:])
 
 

@@ -13,6 +13,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoCallable, AutoGuideList
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -490,3 +492,23 @@ def test_three_ways_need_a_link_for_one_output() -> None:
     data = [(torch.randn(4, 3), torch.zeros(4))]
     with pytest.raises(ValueError, match=r"one output.*for a regression lambda mean: mean"):
         predict_three_ways(bayes, guide, data, lambda p, y: (p.squeeze(-1) - y).square().mean())
+
+
+def test_functions_in_a_list_of_guides_need_a_median() -> None:
+    net = vdo.to_bayesian(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), vdo.LogUniform())
+    mean, x = torch.full((2, 4), 9.0), torch.ones(5, 3)
+    other = poutine.block(net, expose=["2.weight"])
+
+    def function(x: Tensor) -> None:
+        pyro.sample("2.weight", dist.Normal(mean, 0.1).to_event(2))
+
+    def with_function(part: Any) -> Any:
+        guide = AutoGuideList(net)
+        guide.append(vdo.AutoFactorizedNormal(poutine.block(net, expose=["0.weight"])).setup(x))
+        guide.append(part)
+        return guide
+
+    with pytest.raises(vdo.ExportError, match=r"2\.weight.*AutoCallable\(model, function, median=\.\.\.\)"):
+        export(net, with_function(function))
+    guide = with_function(AutoCallable(other, function, median=lambda *_: {"2.weight": mean}))
+    torch.testing.assert_close(export(net, guide, "masked")[2].weight.detach(), mean)

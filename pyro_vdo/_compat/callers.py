@@ -12,7 +12,9 @@ from typing import Any
 import pyro
 import pyro.infer.autoguide.initialization
 import pyro.infer.importance
+import pyro.infer.inspect
 import pyro.infer.predictive
+import pyro.infer.resampler
 import torch
 from pyro.poutine import runtime
 from pyro.poutine.replay_messenger import ReplayMessenger
@@ -66,9 +68,9 @@ _STRUCTURE = frozenset({pyro.infer.predictive._predictive.__code__})
 
 
 def only_structure_is_asked() -> bool:
-    """True where the model runs alone to learn its shapes: for ``Predictive`` and for a guide that sets itself up.
+    """True where the model runs alone to learn of it: for ``Predictive``, pictures, and a guide that sets itself up.
 
-    The latter meets sites that are hidden from it, as the parts of an ``AutoGuideList`` are from each other.
+    The last meets sites that are hidden from it, as the parts of an ``AutoGuideList`` are from each other.
     """
     frame: FrameType | None = sys._getframe(1)
     initializing = False
@@ -84,8 +86,13 @@ def only_structure_is_asked() -> bool:
 
 #: code that runs the model to learn of it, beside Pyro's own
 SETTING_UP: set[Any] = {
-    guide._setup_prototype.__code__
-    for guide in (pyro.infer.autoguide.AutoGuide, pyro.infer.autoguide.AutoDiscreteParallel)
+    inspect.unwrap(function).__code__
+    for function in (
+        pyro.infer.autoguide.AutoGuide._setup_prototype,
+        pyro.infer.autoguide.AutoDiscreteParallel._setup_prototype,
+        pyro.infer.inspect.get_dependencies,
+        pyro.infer.inspect.get_model_relations,
+    )
 }
 _INIT_TO_SAMPLE = pyro.infer.autoguide.initialization.init_to_sample.__code__
 
@@ -100,6 +107,8 @@ _WEIGH_SAMPLES = (
     pyro.infer.EnergyDistance,
     pyro.infer.Trace_MMD,
     pyro.infer.Importance,
+    pyro.infer.resampler.Resampler,
+    pyro.infer.SMCFilter,
 )
 _SAMPLERS: tuple[Any, ...] = (
     *(method for cls in _WEIGH_SAMPLES for method in vars(cls).values() if inspect.isfunction(method)),
@@ -131,7 +140,7 @@ def predictions_are_made() -> bool:
 
 
 def sites_are_learned() -> bool:
-    """True where the model runs for a guide to learn of it, which is no step."""
+    """True where the model runs to be learned of, by a guide or for a picture of it, which is no step."""
     return _is_called_by(SETTING_UP)
 
 

@@ -87,12 +87,12 @@ def param_statement(owner: nn.Module, name: str, param: nn.Parameter) -> Tensor:
     known = getattr(param, "unconstrained", None)
     if type(known) is not _Unconstrained or known() is not param:  # not a copy's
         param.unconstrained = _Unconstrained(param)  # type: ignore[attr-defined]
-    value: Tensor = _param_message(param, name=claimed)
+    value: Tensor = _param_message(param, name=claimed, constraint=constraints.real, event_dim=None)
     return value
 
 
 @runtime.effectful(type="param")
-def _param_message(value: Tensor) -> Tensor:
+def _param_message(value: Tensor, *, constraint: Any, event_dim: int | None) -> Tensor:
     return value
 
 

@@ -33,7 +33,7 @@ from pyro_vdo.numerics import fused
 from pyro_vdo.posteriors import DrawnNormal, FactorizedNormal, PrunedNormal
 from pyro_vdo.rules.views import CASTS, VIEWS
 from pyro_vdo.special import LOG_SQRT_2PI
-from pyro_vdo.undrawn import Rule, Undrawn
+from pyro_vdo.undrawn import Rule, Undrawn, may_stay_undrawn
 from pyro_vdo.variables import Places, ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight, register_rule
 
@@ -223,6 +223,8 @@ class CorrelatedNormal(FactorizedNormal):
 
     def rsample(self, sample_shape: Any = (), *, event_dim: int | None = None) -> Tensor:
         """One undrawn weight, or with ``sample_shape`` several, of shape (*sample_shape, *batch_shape)."""
+        if not may_stay_undrawn():
+            return self.drawn().rsample(sample_shape)
         whole = self.expand(self._extended_shape(torch.Size(sample_shape)))
         factor = whole.factor if whole.kept is None else whole.factor * whole.kept.unsqueeze(-1)
         variable = Variable(self.name, self.policy, source=self)

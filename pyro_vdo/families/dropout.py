@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pyro_vdo.families.multiplicative import GaussianDropoutNormal
+from pyro_vdo.undrawn import may_stay
 
 
 def alpha_of_rate(p: float) -> float:
@@ -106,7 +107,9 @@ class FastDropoutNoise(nn.Module):
         """The undrawn weight."""
         if not self.training or self.p == 0:
             return theta
-        return GaussianDropoutNormal(theta, self.log_alpha, name="fast dropout weight").rsample(event_dim=theta.dim())
+        law = GaussianDropoutNormal(theta, self.log_alpha, name="fast dropout weight")
+        with may_stay(True):  # noise of the layer, and no weight that a sample has
+            return law.rsample(event_dim=theta.dim())
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is assigned to the weight is theta."""

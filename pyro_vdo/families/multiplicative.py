@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vdo.posteriors import DrawnNormal, FactorizedNormal, PrunedNormal
+from pyro_vdo.undrawn import may_stay_undrawn
 from pyro_vdo.variables import ReusePolicy, Variable
 from pyro_vdo.weights import GaussianWeight
 
@@ -103,6 +104,8 @@ class GaussianDropoutNormal(FactorizedNormal):
 
     def rsample(self, sample_shape: Any = (), *, event_dim: int | None = None) -> Tensor:
         """One undrawn weight, or with ``sample_shape`` several, of shape (*sample_shape, *batch_shape)."""
+        if not may_stay_undrawn():
+            return self.drawn().rsample(sample_shape)
         shape = self._extended_shape(torch.Size(sample_shape))
         assert self._log_scale is not None
         weight = DropoutWeight(

@@ -20,7 +20,7 @@ from pyro_vdo.numerics import fused, truncated, truncated_normal
 from pyro_vdo.posteriors import UndrawnEvent, _same
 from pyro_vdo.priors import WeightPrior
 from pyro_vdo.special import LOG_SQRT_2PI
-from pyro_vdo.undrawn import Undrawn
+from pyro_vdo.undrawn import Undrawn, may_stay_undrawn
 from pyro_vdo.variables import ReusePolicy, Variable
 
 
@@ -164,7 +164,7 @@ class TruncatedLogNormal(TorchDistribution):
     def rsample(self, sample_shape: Any = (), *, event_dim: int | None = None) -> Tensor:
         """Real numbers by the quantile function, or one undrawn noise; of shape (*sample_shape, *batch_shape)."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        if self.undrawn:
+        if self.undrawn and may_stay_undrawn():
             law = self.drawn().expand(shape)
             law._remembers = True  # it serves one pass, whose model and guide ask for the same
             return UndrawnNoise(law, variable=Variable(self.name, self.policy), event_dim=event_dim)
