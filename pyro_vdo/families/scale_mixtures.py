@@ -129,7 +129,7 @@ class Horseshoe(NormalScaleMixture):
     def log_density_of_square(self, square: Tensor) -> Tensor:
         """z + log E1(z) - log(scale sqrt(2 pi^3)); +inf at 0."""
         z = square / (2 * self.scale**2)
-        value = _LogScaledExponentialIntegral.apply(z.to(torch.float64)).to(z.dtype)
+        value: Tensor = _LogScaledExponentialIntegral.apply(z.to(torch.float64)).to(z.dtype)
         return value - math.log(self.scale) - 0.5 * math.log(2 * math.pi**3)
 
     def draw_scale(self, shape: torch.Size) -> Tensor:
