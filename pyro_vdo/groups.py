@@ -86,10 +86,11 @@ def group_shape(group: Group, shape: torch.Size) -> torch.Size:
 def group_max(value: Tensor, group: Group, ndim: int) -> Tensor:
     """Largest ``value`` of each group, kept broadcastable; dimensions left of the weight's ``ndim`` stay."""
     dims = shared_dims(group, ndim)
-    return value.amax(dims, keepdim=True) if dims else value
+    return value.amax(dims, keepdim=True) if dims and value.numel() > 0 else value
 
 
 def group_mean(value: Tensor, group: Group, ndim: int) -> Tensor:
     """Mean of ``value`` over each group, kept broadcastable; dimensions left of the weight's ``ndim`` stay."""
-    dims = shared_dims(group, ndim)
-    return value.mean(dims, keepdim=True) if dims else value
+    for dim in reversed(shared_dims(group, ndim)):  # torch takes several with rounding that adds up from row to row
+        value = value.mean(dim, keepdim=True)
+    return value

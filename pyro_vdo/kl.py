@@ -79,12 +79,14 @@ _LOG_UNIFORM_KLS = {"exact": normal_log_uniform_kl, "molchanov": _molchanov, "ki
 
 
 def _half_log1p_square(loc: Tensor, scale: Tensor) -> Tensor:
-    """log(1 + loc^2/scale^2) / 2, elementwise, also where the square overflows."""
+    """log(1 + loc^2/scale^2) / 2, elementwise, also where the square, or the ratio's own derivative, overflows."""
     ratio = loc / scale
     square = ratio * ratio
-    if square.device.type == "cpu" and not fused.is_composable_only(square) and math.isfinite(square.detach().sum()):
-        kl: Tensor = 0.5 * torch.log1p(square)
-        return kl
+    if square.device.type == "cpu" and not fused.is_composable_only(square) and square.numel() > 0:
+        in_range = math.isfinite(square.detach().sum())
+        if in_range and scale.detach().amin() > torch.finfo(scale.dtype).max ** -0.5:
+            kl: Tensor = 0.5 * torch.log1p(square)
+            return kl
     far, zero, one = ratio.abs() > torch.finfo(ratio.dtype).eps ** -0.5, loc.new_zeros(()), loc.new_ones(())
     near = torch.where(far, zero, loc) / scale
     logs = torch.where(far, loc, one).abs().log() - torch.where(far, scale, one).log()

@@ -212,7 +212,10 @@ def test_relative_scale_of_pruned_starts() -> None:
         Program(init_scale=lambda loc: 0 * loc).setup()
 
 
-@pytest.mark.parametrize(("loc", "scale"), [(70.0, 3e-28), (1e15, 1e-20), (-3.0, 1e-37), (1e-25, 1e-30), (0.0, 1e-30)])
+@pytest.mark.parametrize(
+    ("loc", "scale"),
+    [(70.0, 3e-28), (1e15, 1e-20), (-3.0, 1e-37), (1e-25, 1e-30), (0.0, 1e-30), (1e-15, 1e-30), (0.1, 1e-20)],
+)
 def test_empirical_bayes_where_the_ratio_overflows_squared(loc: float, scale: float) -> None:
     params = [torch.tensor([value], requires_grad=True) for value in (loc, scale)]
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(*params), vdo.EmpiricalBayesNormal())

@@ -54,6 +54,21 @@ def test_the_gradient_is_that_with_the_scale_held_fixed(group):
     torch.testing.assert_close(got, torch.autograd.grad(reference, (loc, scale)))
 
 
+@pytest.mark.parametrize("group", ["input", "output", "layer"])
+def test_equal_weights_do_not_add_up_their_rounding(group):
+    loc, scale = torch.full((2000, 3, 700), -0.034), torch.full((2000, 3, 700), 0.09)
+    prior = vdo.EmpiricalBayesNormal(group)
+    expected = prior.optimal_scale(loc[:1, :1, :1].double(), scale[:1, :1, :1].double()).item()
+    found = prior.optimal_scale(loc, scale)
+    torch.testing.assert_close(found.double(), torch.full_like(found, expected, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_weight_without_elements(group):
+    q = Normal(torch.zeros(4, 0), torch.ones(4, 0))
+    assert kl_divergence(q, vdo.EmpiricalBayesNormal(group)).shape == (4, 0)
+
+
 def test_particles_do_not_share_a_group():
     prior = vdo.EmpiricalBayesNormal("layer").expand((3, 4)).expand((7, 1, 3, 4))
     q = posterior(7, 1, 3, 4)
@@ -167,6 +182,20 @@ def test_horseshoe_density_and_derivative():
             expected = mpmath.log(scaled) - mpmath.log(2 * mpmath.pi**3) / 2
             assert got == pytest.approx(float(expected), rel=1e-13, abs=1e-13)
             assert slope == pytest.approx(float(at * (1 - 1 / (half * scaled))), rel=1e-9)
+
+
+def test_derivatives_of_the_kl_to_the_horseshoe():
+    loc = torch.tensor([0.3, -2.0, 300.0], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([0.5, 0.01, 1.0], dtype=torch.float64, requires_grad=True)
+
+    def kl(loc, scale):
+        return kl_divergence(Normal(loc, scale, validate_args=False), vdo.Horseshoe())
+
+    assert torch.autograd.gradcheck(kl, (loc, scale))
+    assert torch.autograd.gradgradcheck(kl, (loc, scale))
+    (expected,) = torch.autograd.grad(kl(loc, scale).sum(), loc)
+    one_by_one = torch.vmap(torch.func.grad(kl))(loc.detach(), scale.detach())
+    torch.testing.assert_close(one_by_one, expected)
 
 
 @pytest.mark.parametrize("prior", MIXTURES, ids=repr)

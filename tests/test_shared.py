@@ -89,6 +89,14 @@ def test_a_prior_of_another_kind_than_the_guide_knows_is_answered_apart(asked):
     assert asked == []
 
 
+def test_equal_weights_do_not_add_up_their_rounding():
+    x = torch.full((5000,), 0.37)
+    segments = _segments((1000,) * 5, x.device)
+    assert segment_sum(x, segments).tolist() == pytest.approx([1000 * float(x[0])] * 5, rel=2e-7)
+    mapped = torch.vmap(lambda each: segment_sum(each, segments))(x[None])
+    assert mapped.flatten().tolist() == pytest.approx([1000 * float(x[0])] * 5, rel=2e-7)
+
+
 def test_sums_that_were_asked_for_without_a_gradient_have_one_later():
     model, guide, x, y = program(vdo.LogUniform())
     guide_trace = pyro.poutine.trace(guide).get_trace(x, y)

@@ -188,6 +188,23 @@ def test_prior_samples_moments_and_support():
     assert torch.allclose(prior.log_prob(torch.ones(2)), torch.tensor(-math.log(3.5)))
 
 
+@pytest.mark.parametrize(
+    ("a", "b"), [(-20.0, 0.0), (-3.0, 2.0), (-1e-3, 0.0), (-1e-9, 0.0), (5.0, 5.01), (-900.0, 0.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prior_moments_of_narrow_and_wide_intervals(a, b, dtype):
+    prior = vdo.TruncatedLogUniform(a, b).expand((2,))
+    prior.like = torch.ones(2, dtype=dtype)
+    with mpmath.workdps(50):
+        first, second = (
+            (mpmath.exp(k * mpmath.mpf(b)) - mpmath.exp(k * mpmath.mpf(a))) / (k * (b - a)) for k in (1, 2)
+        )
+        expected = float(first), float(second - first**2)
+    for moment, value in zip((prior.mean, prior.variance), expected, strict=True):
+        assert moment.dtype == dtype
+        assert moment.tolist() == pytest.approx([value] * 2, rel=1e-6 if dtype == torch.float32 else 1e-13)
+
+
 @pytest.mark.parametrize(("a", "b"), [(0.0, 0.0), (1.0, -1.0), (-math.inf, 0.0), (math.nan, 0.0)])
 def test_intervals_are_checked(a, b):
     with pytest.raises(ValueError, match="a < b"):

@@ -93,13 +93,33 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)], ids=["eager", "compiled"])
-def test_equal_weights_do_not_add_up_their_rounding(compiled: bool) -> None:
+either_way = pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=needs_compiler)], ids=["eager", "compiled"]
+)
+
+
+@either_way
+@pytest.mark.parametrize("ratio", [1e3, 1.5e3, 1e5, 1e15])
+@pytest.mark.parametrize("loc", [20.0, 1e3, 1e6])
+def test_gradient_of_large_weights_that_are_known_well(loc: float, ratio: float, compiled: bool) -> None:
+    mean = torch.full((101,), loc, requires_grad=True)
+    log_scale = torch.full((101,), math.log(loc / ratio), requires_grad=True)
+    with vdo.use_compiled(compiled):
+        log_prior, law = log_uniform_sums(mean, log_scale, fused.constant_variance(log_scale))
+        gradients = torch.autograd.grad(law - log_prior, (mean, log_scale))
+    torch.testing.assert_close(gradients[0], 1 / mean.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients[1], -torch.ones(101), rtol=1e-5, atol=0)
+
+
+@either_way
+@pytest.mark.parametrize("smallest", [-5.1, -60.0], ids=["by the variance", "by the ratio"])
+def test_equal_weights_do_not_add_up_their_rounding(smallest: float, compiled: bool) -> None:
     loc, log_scale = torch.full((2**20,), 0.02), torch.full((2**20,), -5.1)  # as at the start of a guide
+    log_scale[0] = smallest
     with vdo.use_compiled(compiled):
         found = sums.both_sums(loc, log_scale, fused.constant_variance(log_scale))
     exact = sums.both_sums(loc.double(), log_scale.double(), fused.constant_variance(log_scale.double()))
-    for value, expected in zip(found, exact, strict=True):
+    for value, expected in zip(found[:2], exact[:2], strict=True):
         assert float(value) == pytest.approx(float(expected), rel=1e-6)
 
 

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyro_vdo.log_uniform_fit import EULER_GAMMA
 from pyro_vdo.priors import WeightPrior
@@ -130,7 +129,7 @@ class Horseshoe(NormalScaleMixture):
     def log_density_of_square(self, square: Tensor) -> Tensor:
         """z + log E1(z) - log(scale sqrt(2 pi^3)); +inf at 0."""
         z = square / (2 * self.scale**2)
-        value: Tensor = _LogScaledExponentialIntegral.apply(z)
+        value: Tensor = _LogScaledExponentialIntegral.apply(z.to(torch.float64)).to(z.dtype)
         return value - math.log(self.scale) - 0.5 * math.log(2 * math.pi**3)
 
     def draw_scale(self, shape: torch.Size) -> Tensor:
@@ -145,20 +144,25 @@ class _LogScaledExponentialIntegral(torch.autograd.Function):
     """log(e^z E1(z)) for z >= 0, elementwise, in float64; its derivative is 1 - 1 / (z e^z E1(z))."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        wide = z.to(torch.float64)
-        value = _scaled_exponential_integral(wide)
-        ctx.save_for_backward(wide, value)
-        return value.log().to(z.dtype)
+    def forward(z: Tensor) -> Tensor:
+        return _scaled_exponential_integral(z).log_()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        z, value = ctx.saved_tensors
+        z, log_value = ctx.saved_tensors
         # 1 - 1/(z v) cancels for large z, where v = 1/z - 1/z^2 + 2/z^3 - ...
-        exact = 1 - 1 / (z * value)
-        far = -1 / z + 1 / z**2 - 3 / z**3
-        return grad * torch.where(z < 1e4, exact, far).to(grad.dtype)
+        exact = 1 - (-log_value).exp() / z
+        inverse = 1 / z.clamp(min=1.0)
+        far = -inverse + inverse**2 - 3 * inverse**3
+        return grad * torch.where(z < 1e4, exact, far)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, z: Tensor) -> Any:
+        return _LogScaledExponentialIntegral.apply(z), in_dims[0]
 
 
 def _scaled_exponential_integral(z: Tensor) -> Tensor:

@@ -89,14 +89,20 @@ class TruncatedLogUniform(WeightPrior):
     @property
     def mean(self) -> Tensor:
         """(e^b - e^a) / (b - a)."""
-        value = (math.exp(self.b) - math.exp(self.a)) / (self.b - self.a)
-        return torch.tensor(value).expand(self.batch_shape)
+        value = -math.exp(self.b) * math.expm1(self.a - self.b) / (self.b - self.a)
+        return self._wide().new_tensor(value).expand(self.batch_shape)
 
     @property
     def variance(self) -> Tensor:
         """(e^2b - e^2a) / 2 (b - a) - mean^2."""
-        second = (math.exp(2 * self.b) - math.exp(2 * self.a)) / (2 * (self.b - self.a))
-        return torch.tensor(second).expand(self.batch_shape) - self.mean.square()
+        half = 0.5 * (self.b - self.a)
+        if half < 1.0:  # e^(a + b) s (cosh h - s) with h = (b - a) / 2 and s = sinh(h) / h, as a series: it cancels
+            rest = sum(half ** (2 * k) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 10))
+            value = math.exp(self.a + self.b) * math.sinh(half) / half * rest
+        else:
+            mean = -math.exp(self.b) * math.expm1(-2 * half) / (2 * half)
+            value = -math.exp(2 * self.b) * math.expm1(-4 * half) / (4 * half) - mean**2
+        return self._wide().new_tensor(value).expand(self.batch_shape)
 
     def __repr__(self) -> str:
         return f"TruncatedLogUniform(a={self.a}, b={self.b}, batch_shape={tuple(self.batch_shape)})"

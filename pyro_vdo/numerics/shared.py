@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from pyro_vdo._compat import tracing
 from pyro_vdo.numerics.fused import ENTROPY_CONSTANT
 
-#: elements up to which a weight is small; sums of so many are exact to a few units in the last place, in any order
+#: elements up to which a weight is small
 LARGEST = 2**10
 #: so many small weights are worth a pass of their own
 FEWEST = 4
@@ -70,7 +70,7 @@ class _SegmentSum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: Tensor, owner: Tensor) -> Tensor:
         ctx.save_for_backward(owner)
-        return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True)
+        return torch.segment_reduce(_wide(x), "sum", lengths=lengths, unsafe=True).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -78,8 +78,14 @@ class _SegmentSum(Function):
         return grad.index_select(0, owner), None, None
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float64: a segment is added one element after the other, whose rounding adds up where many are equal."""
+    return x if x.device.type == "mps" else x.to(torch.float64)
+
+
 def segment_sum(x: Tensor, segments: Segments) -> Tensor:
     """The sum of each segment of the vector ``x``."""
     if tracing.is_tracing() or tracing.is_transforming():  # which know no Function
-        return x.new_zeros(len(segments.lengths)).index_add(0, segments.owner, x)
+        wide = _wide(x)
+        return wide.new_zeros(len(segments.lengths)).index_add(0, segments.owner, wide).to(x.dtype)
     return _SegmentSum.apply(x, segments.lengths, segments.owner)  # type: ignore[no-any-return]

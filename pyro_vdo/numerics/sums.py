@@ -64,7 +64,7 @@ def _chunked_sum(loc: Tensor, variance: Tensor, of_log_scale: bool = False) -> t
         torch.mul(mean, mean, out=t).div_(var)
         torch.clamp(t, max=fit.limit**2, out=clamped)
         num, den = _quotient(fit.value_num, fit.value_den, clamped, pair[:, :count])
-        sums.append(t.mul_(num).div_(den).log1p_().sum())
+        sums.append(t.mul_(num.div_(den)).log1p_().sum())
     return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) * 0.5, variance.amin()
 
 
@@ -89,16 +89,17 @@ def _chunked_gradient(
         torch.mul(mean, mean, out=t)
         torch.div(t, var, out=clamped).clamp_(max=fit.limit**2)
         num, den = _quotient(fit.slope_num, fit.slope_den, clamped, pair[:, :count])
-        # KL'(r) / scale = num / den / (r + c / r) / scale = num * loc / (den * (loc^2 + c scale^2)).
-        # See log_uniform_fit.py.
-        den.mul_(t.add_(var, alpha=fit.shift))
-        slope = torch.addcdiv(zero, num.mul_(mean), den, value=factor, out=dloc[part])
+        # KL'(r) / scale = num / den / (r + c / r) / scale = num / den * loc / (loc^2 + c scale^2), see
+        # log_uniform_fit.py. The quotient first: den is so large at its limit that a product with it may overflow.
+        num.div_(den).mul_(mean)
+        slope = torch.addcdiv(zero, num, t.add_(var, alpha=fit.shift), value=factor, out=dloc[part])
         torch.addcmul(entropy_weight, mean, slope, value=-1.0, out=dlog_scale[part])
     return dloc, dlog_scale
 
 
 def _composed_sum(loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return kl_of_ratio(loc * (-log_scale).exp()).sum(), log_scale.sum()
+    wide = torch.float64 if loc.device.type == "cpu" else loc.dtype  # as in _kernel_sum
+    return kl_of_ratio(loc * (-log_scale).exp()).sum(dtype=wide), log_scale.sum(dtype=wide)
 
 
 def _composed_gradient(loc: Tensor, log_scale: Tensor, weight: Tensor, entropy_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,8 +139,8 @@ def _kernel_gradient(
         variance = (2.0 * variance).exp()
     square = loc * loc
     clamped = (square / variance).clamp(max=fit.limit**2)
-    below = horner(fit.slope_den, clamped) * (square + fit.shift * variance)
-    dloc = weight * loc * horner(fit.slope_num, clamped) / below
+    smooth = horner(fit.slope_num, clamped) / horner(fit.slope_den, clamped)
+    dloc = weight * smooth * (loc / (square + fit.shift * variance))
     return dloc, entropy_weight - loc * dloc
 
 
@@ -187,7 +188,8 @@ def both_sums(loc: Tensor, log_scale: Tensor, variance: Tensor | None) -> tuple[
         tiny = torch.finfo(loc.dtype).tiny
         if math.isfinite(total.item()) and smallest.item() >= (0.5 * math.log(tiny) if variance is None else tiny):
             return total.to(loc.dtype), log_scale.sum(), True
-    return *best(_composed_sum, _composed_sum, loc.reshape(-1), log_scale.reshape(-1)), False
+    kl, of_logs = best(_composed_sum, _composed_sum, loc.reshape(-1), log_scale.reshape(-1))
+    return kl.to(loc.dtype), of_logs.to(loc.dtype), False
 
 
 def both_gradients(
