@@ -81,7 +81,7 @@ def data_and_kl(loc: Tensor, log_scale: Tensor, use: str) -> tuple[Tensor, Tenso
     torch.manual_seed(1)
     x = torch.randn(5, 32, dtype=loc.dtype)
     data = loc.new_zeros(())
-    if use in ("linear", "twice"):
+    if use in ("linear", "twice", "linear and sparse"):
         data = data + nn.functional.linear(x, w).sin().sum()
     if use == "mean":
         data = data + w.loc.sin().sum()
@@ -89,7 +89,7 @@ def data_and_kl(loc: Tensor, log_scale: Tensor, use: str) -> tuple[Tensor, Tenso
         data = data + (x @ (w * 1.0).draw().mT).sin().sum()
     elif use == "twice":
         data = data + (x @ w.draw().mT).cos().sum()
-    elif use == "sparse":
+    elif use in ("sparse", "linear and sparse"):
         data = data + nn.functional.embedding(torch.tensor([3, 7, 3]), w.draw(), sparse=True).sin().sum()
     return data, kl
 
@@ -99,7 +99,7 @@ def objective(loc: Tensor, log_scale: Tensor, use: str) -> Tensor:
     return kl + data
 
 
-@pytest.mark.parametrize("use", ["nothing", "linear", "drawn", "twice", "sparse"])
+@pytest.mark.parametrize("use", ["nothing", "linear", "drawn", "twice", "sparse", "linear and sparse"])
 @pytest.mark.filterwarnings("ignore::pyro_vdo.variables.ReuseWarning")
 def test_gradients_meet_whatever_uses_the_weight(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loc, log_scale = parameters()

@@ -156,10 +156,10 @@ class _Join(Function):
         ctx: Any, dloc: Tensor | None, dlog_scale: Tensor | None, of_maps: Tensor | None, along: Tensor | None
     ) -> Any:
         loc, log_scale = ctx.loc, ctx.log_scale
-        if of_maps is not None and (along is None or dlog_scale is not None):
+        if of_maps is not None and (along is None or dlog_scale is not None):  # a pass of its own for the factor
             of_maps = ctx.ledger.own(of_maps, loc)
             fused.times_variance_(of_maps, log_scale)
-            dlog_scale, of_maps = of_maps if dlog_scale is None else dlog_scale + of_maps, None
+            dlog_scale, of_maps = of_maps if dlog_scale is None else of_maps.add_(dlog_scale), None
         if along is None:
             ctx.ledger.owned.clear()
             return dloc, dlog_scale, None
