@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vdo._compat import callers
-from pyro_vdo.compiler import best
+from pyro_vdo.compiler import best, use_compiled
 from pyro_vdo.numerics import fused
 
 
@@ -56,7 +56,7 @@ def draw_with_slope(
     """
     noise = _standard_normal(mean, shape)
     if overwrite and mean.shape == noise.shape:  # else particles share the moments
-        if mean.stride() == var.stride() == noise.stride():  # without gaps, as noise has none
+        if use_compiled.enabled and mean.stride() == var.stride() == noise.stride():  # no gaps, as noise has none
             best(_draw_, _kernel_draw_, *(x.as_strided((x.numel(),), (1,)) for x in (mean, var, noise)))
         else:
             _draw_(mean, var, noise)
