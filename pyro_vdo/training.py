@@ -136,9 +136,10 @@ def _schedule(value: Any, name: str) -> Schedule:
 
 
 def _functions(callbacks: Any) -> tuple[Callable[..., Any], ...]:
-    if callable(callbacks) or not all(map(callable, callbacks)):
+    found = tuple(callbacks) if isinstance(callbacks, Iterable) and not callable(callbacks) else (None,)
+    if not all(map(callable, found)):
         raise TypeError(f"fit: callbacks must be a list of functions, callbacks=[function], not {callbacks!r}")
-    return tuple(callbacks)
+    return found
 
 
 def _whole(seed: Any) -> int | None:

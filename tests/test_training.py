@@ -439,6 +439,7 @@ def test_arguments_that_make_no_sense(options: dict[str, object], message: str) 
     [
         ({"callbacks": print}, r"callbacks must be a list of functions, callbacks=\[function\]"),
         ({"callbacks": [None]}, "callbacks must be a list of functions"),
+        ({"callbacks": None}, "callbacks must be a list of functions"),
         ({"seed": 0.5}, "seed must be a whole number or None, not 0.5"),
         ({"validate": lambda: None}, "validate must return a number or a dict of numbers, not None"),
         ({"validate": lambda: {"error": torch.zeros(2)}}, "validate must return a number or a dict of numbers"),
@@ -447,6 +448,12 @@ def test_arguments_that_make_no_sense(options: dict[str, object], message: str) 
 def test_arguments_of_another_type(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Case().fit(**options)
+
+
+def test_callbacks_of_an_iterator_are_called() -> None:
+    epochs: list[int] = []
+    Case().fit(epochs=2, callbacks=iter([lambda run: epochs.append(run.epoch)]))
+    assert epochs == [1, 2]
 
 
 def test_lbfgs_is_refused() -> None:
