@@ -158,7 +158,7 @@ def _check(settings: Settings, guide: Any) -> None:
     for name in ("epochs", "validate_every", "checkpoint_every"):
         value, least = getattr(settings, name), 0 if name == "epochs" else 1
         if not isinstance(value, Real) or not float(value).is_integer() or value < least:
-            raise ValueError(f"fit: {name} must be positive and whole, not {value}")
+            raise ValueError(f"fit: {name} must be positive and whole, not {value!r}")
     checked_threshold(settings.threshold, "fit: threshold")
     if settings.resume not in (True, False, "auto"):
         raise ValueError(f"fit: resume must be True, False or 'auto', not {settings.resume!r}")

@@ -417,6 +417,7 @@ def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
         ({"clip_grad": 0.0}, "clip_grad must be > 0"),
         ({"threshold": math.nan}, "threshold is nan"),
         ({"epochs": None}, "epochs must be positive and whole, not None"),
+        ({"epochs": "2"}, "epochs must be positive and whole, not '2'"),
         ({"epochs": math.inf}, "epochs must be positive and whole"),
         ({"epochs": 2.5}, "epochs must be positive and whole"),
         ({"lr_schedule": -1.0}, "lr_schedule must be >= 0"),
