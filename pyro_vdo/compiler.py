@@ -21,10 +21,10 @@ _EXAMPLE = 2**16
 class use_compiled:  # noqa: N801 - reads like a function, as torch.no_grad does
     """Let ``torch.compile`` fuse the log-uniform KL and the draws of layers; off until called.
 
-    Call it, ``use_compiled()``, or write ``with use_compiled():``. It concerns whole weights of 64 elements and more
-    in a step, and other tensors of 2**18 elements and more that need a gradient. The first of them on each device
-    compiles (seconds to tens of seconds, once for all sizes); where that fails, for want of a C++ compiler or of
-    Triton, the ordinary kernels go on silently.
+    Call it, ``use_compiled()``, or write ``with use_compiled():``. It concerns whole weights and outputs of layers of
+    64 elements and more in a step, and other tensors of 2**18 elements and more that need a gradient. The first of
+    them on each device compiles (seconds to tens of seconds, once for all sizes); where that fails, for want of a C++
+    compiler or of Triton, the ordinary kernels go on silently.
     """
 
     enabled = False

@@ -75,7 +75,7 @@ def from_pyro_svi(
     :param kept_only: only the weights with log alpha < threshold (in any chain), in one dimension ``<site>_kept``;
         sites without any are left out, and with all of them ArviZ 0.x leaves out the group.
     :param thin: store every ``thin``-th draw of the posterior group; the other groups keep all draws.
-    :param constant_data: True for the array arguments of the model that are not observed, or a mapping of tensors or
+    :param constant_data: True for the dense arguments of the model that are not observed, or a mapping of tensors or
         of what numpy makes arrays of.
     :param coords: labels by dimension. Weights of a network have dimensions like ``0.weight_out``, ``0.weight_in``.
     :param dims: names of the dimensions of a site: all, or the event dimensions only.
@@ -221,7 +221,7 @@ class _Converter:
         constants = self.arguments if constant_data is True else constant_data
         if constant_data is True:
             observed = [site.value for site in self.sites.values() if site.value is not None]
-            arrays = {n: value for n, value in constants.items() if isinstance(value, (Tensor, np.ndarray))}
+            arrays = {name: value for name, value in constants.items() if _is_array(value)}
             constants = {name: value for name, value in arrays.items() if not _is_one_of(value, observed)}
         data = [site for site in self.sites.values() if site.kind in ("observed", "predicted")]
         plates = {n: dim for site in data for dim, n in zip(self.labels.dims_of(site), site.shape, strict=True)}
@@ -344,6 +344,10 @@ def _with_dims(labels: Labels, site: Site, dims: tuple[str, ...]) -> Part:
     """The part of a site whose dimensions have been named already."""
     named = Labels(labels.coords, {site.name: dims}, labels.sel)
     return named.part(site)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.layout is torch.strided)
 
 
 def _is_one_of(value: Any, tensors: Sequence[Tensor]) -> bool:

@@ -136,9 +136,10 @@ def _schedule(value: Any, name: str) -> Schedule:
 
 
 def _functions(callbacks: Any) -> tuple[Callable[..., Any], ...]:
-    if callable(callbacks) or not all(map(callable, callbacks)):
+    found = tuple(callbacks) if isinstance(callbacks, Iterable) and not callable(callbacks) else (None,)
+    if not all(map(callable, found)):
         raise TypeError(f"fit: callbacks must be a list of functions, callbacks=[function], not {callbacks!r}")
-    return tuple(callbacks)
+    return found
 
 
 def _whole(seed: Any) -> int | None:
@@ -157,7 +158,7 @@ def _check(settings: Settings, guide: Any) -> None:
     for name in ("epochs", "validate_every", "checkpoint_every"):
         value, least = getattr(settings, name), 0 if name == "epochs" else 1
         if not isinstance(value, Real) or not float(value).is_integer() or value < least:
-            raise ValueError(f"fit: {name} must be positive and whole, not {value}")
+            raise ValueError(f"fit: {name} must be positive and whole, not {value!r}")
     checked_threshold(settings.threshold, "fit: threshold")
     if settings.resume not in (True, False, "auto"):
         raise ValueError(f"fit: resume must be True, False or 'auto', not {settings.resume!r}")

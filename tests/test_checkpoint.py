@@ -218,6 +218,15 @@ def test_early_stopping_by_another_column_starts_anew(tmp_path: Path) -> None:
     assert len(fit(9, "b")) == 7
 
 
+def test_the_best_epoch_by_another_column_is_not_restored(tmp_path: Path) -> None:
+    whole, case = Case(), Case()
+    whole.fit(epochs=4)
+    options: dict[str, Any] = {"checkpoint": tmp_path / "run", "validate": lambda: {"a": 0.0, "b": float("nan")}}
+    Case().fit(epochs=2, early_stop=vdo.EarlyStop("val_a"), **options)
+    case.fit(epochs=4, early_stop=vdo.EarlyStop("val_b"), **options)
+    assert same(case.state(), whole.state())
+
+
 def test_progress_of_a_run_with_other_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Case().fit(epochs=2, checkpoint=tmp_path / "run")
     Case().fit(vdo.TensorBatches(*data(), batch_size=60), epochs=4, checkpoint=tmp_path / "run", progress=True)

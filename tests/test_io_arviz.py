@@ -116,6 +116,27 @@ def test_plates_of_deterministic_sites_and_of_data_that_are_not_expanded() -> No
     assert group(posterior, "observed_data")["y"].shape == (2, 5)
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_a_sparse_design_has_the_draws_of_a_dense_one(layout: torch.layout) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 2) * (torch.rand(6, 2) > 0.5)
+    net = vdo.to_bayesian(torch.nn.Linear(2, 2), vdo.LogUniform())
+
+    def model(x: torch.Tensor) -> None:
+        mean = net(x)
+        with pyro.plate("data", 6):  # as in an autoencoder
+            pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=x.to_dense())
+
+    guide = vdo.AutoFactorizedNormal(model, init_scale=0.3).setup(x)
+    likelihoods = []
+    for data in (x, x.to_sparse(layout=layout)):
+        pyro.set_rng_seed(0)
+        idata = from_pyro_svi(model, guide, data, num_samples=3, vectorize=False)
+        likelihoods.append(group(idata, "log_likelihood")["y"].values)
+    np.testing.assert_allclose(*likelihoods, rtol=1e-5)
+
+
 def test_data_with_missing_values_are_not_constants_as_well() -> None:
     case = Regression()
     y, names = case.y.clone(), np.array([f"row {i}" for i in range(12)])

@@ -417,6 +417,7 @@ def test_data_that_make_no_sense(bad: small_run.Make, message: str) -> None:
         ({"clip_grad": 0.0}, "clip_grad must be > 0"),
         ({"threshold": math.nan}, "threshold is nan"),
         ({"epochs": None}, "epochs must be positive and whole, not None"),
+        ({"epochs": "2"}, "epochs must be positive and whole, not '2'"),
         ({"epochs": math.inf}, "epochs must be positive and whole"),
         ({"epochs": 2.5}, "epochs must be positive and whole"),
         ({"lr_schedule": -1.0}, "lr_schedule must be >= 0"),
@@ -439,6 +440,7 @@ def test_arguments_that_make_no_sense(options: dict[str, object], message: str) 
     [
         ({"callbacks": print}, r"callbacks must be a list of functions, callbacks=\[function\]"),
         ({"callbacks": [None]}, "callbacks must be a list of functions"),
+        ({"callbacks": None}, "callbacks must be a list of functions"),
         ({"seed": 0.5}, "seed must be a whole number or None, not 0.5"),
         ({"validate": lambda: None}, "validate must return a number or a dict of numbers, not None"),
         ({"validate": lambda: {"error": torch.zeros(2)}}, "validate must return a number or a dict of numbers"),
@@ -447,6 +449,12 @@ def test_arguments_that_make_no_sense(options: dict[str, object], message: str) 
 def test_arguments_of_another_type(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Case().fit(**options)
+
+
+def test_callbacks_of_an_iterator_are_called() -> None:
+    epochs: list[int] = []
+    Case().fit(epochs=2, callbacks=iter([lambda run: epochs.append(run.epoch)]))
+    assert epochs == [1, 2]
 
 
 def test_lbfgs_is_refused() -> None:

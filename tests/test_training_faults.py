@@ -33,7 +33,6 @@ def test_data_that_are_not_finite(value: float, validation: bool) -> None:
     assert len(case.fit(epochs=1)) == 1
 
 
-@pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_a_first_step_that_fails_without_the_pretrained_values() -> None:
     case = Case()
     case.guide.setup(*data())
@@ -42,6 +41,7 @@ def test_a_first_step_that_fails_without_the_pretrained_values() -> None:
         case.fit(small_run.poisoned(math.nan)[2:])
 
 
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     def model(x: torch.Tensor) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(2), 1).to_event(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,3 +49,14 @@ class EarlyStop:
         if best is None:
             return True
         return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
+
+
+def shown(row: Mapping[str, Any]) -> dict[str, str]:
+    """What the progress bar says of an epoch."""
+    weight = "" if row["kl_weight"] == 1 else f" x {row['kl_weight']:.3g}"  # the parts add up to the loss
+    parts = {"loss": f"{row['loss']:.4g}", "data": f"{row['nll']:.4g}", "KL": f"{row['kl']:.4g}{weight}"}
+    if "kept" in row:
+        parts["zero"] = f"{100 * (1 - row['kept'] / max(row['weights'], 1)):.1f}%"
+    if units := [str(value) for key, value in row.items() if key.startswith("units_")]:
+        parts["units"] = "-".join(units)
+    return parts | {key: f"{value:.4g}" for key, value in row.items() if key.startswith("val")}

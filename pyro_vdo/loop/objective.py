@@ -206,6 +206,14 @@ def broken_data(batch: Batch) -> str:
     return ""
 
 
+def norm_of(gradients: Iterable[Tensor]) -> float:
+    """The norm of all gradients together, also where it overflows in their own dtype."""
+    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients]
+    norms = [torch.linalg.vector_norm(grad) for grad in dense]
+    norm = float(torch.stack([part.to(norms[0]) for part in norms]).square().sum().sqrt()) if norms else 0.0
+    return norm if math.isfinite(norm) else math.sqrt(sum(float(grad.double().square().sum()) for grad in dense))
+
+
 def broken_gradients(params: Mapping[str, Tensor]) -> str:
     """Name of the first parameter whose gradient is not finite, or nothing."""
     return next((name for name, param in params.items() if param.grad is not None and _broken(param.grad)), "")

@@ -22,7 +22,7 @@ from pyro_vdo.guides import parts_with
 from pyro_vdo.handlers import scale_kl
 from pyro_vdo.loop import objective
 from pyro_vdo.loop.checkpoint import CheckpointError, CheckpointFile
-from pyro_vdo.loop.history import History
+from pyro_vdo.loop.history import History, shown
 from pyro_vdo.loop.objective import Batch, DataTerm, NumericalError
 from pyro_vdo.loop.optimizers import make_optimizer
 from pyro_vdo.loop.reproducible import (
@@ -250,14 +250,9 @@ class Run(Resumable):
     def _check_gradients(self) -> None:
         """Refuse gradients that are not finite; clip the others."""
         gradients = [param.grad for param in self._params.values() if param.grad is not None]
-        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients]
-        norms = [torch.linalg.vector_norm(grad) for grad in dense]
-        norm = float(torch.stack([part.to(norms[0]) for part in norms]).square().sum().sqrt()) if norms else 0.0
-        if not math.isfinite(norm):
-            name = objective.broken_gradients(self._params)
-            if name:
-                self._fail("a gradient is not finite", name)
-            norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in dense))  # only the norm overflows
+        norm = objective.norm_of(gradients)
+        if not math.isfinite(norm) and (name := objective.broken_gradients(self._params)):
+            self._fail("a gradient is not finite", name)
         if self.settings.clip_grad is not None and norm > self.settings.clip_grad:
             for grad in gradients:
                 grad.mul_(self.settings.clip_grad / norm)
@@ -375,25 +370,17 @@ class Run(Resumable):
             if self.epoch >= self.settings.validate_every:
                 raise ValueError(f"fit: early_stop monitors '{stop.monitor}'; the columns are {sorted(row)}")
             return
-        value, best = self.optimizer.mean_over_ranks(float(row[stop.monitor])), self._best
-        if best is not None and best.get("monitor", stop.monitor) != stop.monitor:  # before the run was resumed
-            best = None
-        if stop.better(value, None if best is None else best["value"]):
+        value = self.optimizer.mean_over_ranks(float(row[stop.monitor]))
+        if self._best is not None and self._best["monitor"] != stop.monitor:  # before the run was resumed
+            self._best = None
+        if stop.better(value, None if self._best is None else self._best["value"]):
             self._best = {"value": value, "epoch": self.epoch, "snapshot": self._snapshot(), "monitor": stop.monitor}
-        elif best is not None and self.epoch - best["epoch"] >= stop.patience:
+        elif self._best is not None and self.epoch - self._best["epoch"] >= stop.patience:
             self.stop()
 
     def _show(self, bar: Any) -> None:
         bar.update(int(not self._bar_of_steps))
-        row = self.history[-1]
-        weight = "" if row["kl_weight"] == 1 else f" x {row['kl_weight']:.3g}"  # the parts add up to the loss
-        shown = {"loss": f"{row['loss']:.4g}", "data": f"{row['nll']:.4g}", "KL": f"{row['kl']:.4g}{weight}"}
-        if "kept" in row:
-            shown["zero"] = f"{100 * (1 - row['kept'] / max(row['weights'], 1)):.1f}%"
-        if units := [str(value) for key, value in row.items() if key.startswith("units_")]:
-            shown["units"] = "-".join(units)
-        shown |= {key: f"{value:.4g}" for key, value in row.items() if key.startswith("val")}
-        bar.set_postfix(shown, refresh=True)
+        bar.set_postfix(shown(self.history[-1]), refresh=True)
 
 
 _END = object()

@@ -37,7 +37,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "best": (dict, _NONE),
     "random": (dict,),
 }
-_BEST: dict[str, tuple[type, ...]] = {"value": (float, int), "epoch": (int,), "snapshot": (dict,)}
+_BEST: dict[str, tuple[type, ...]] = {"value": (float, int), "epoch": (int,), "snapshot": (dict,), "monitor": (str,)}
 _PARTS: dict[str, dict[str, tuple[type, ...]]] = {
     "optimizer": {"state": (dict,), "base": (list, dict)},
     "objects": {"buffers": (dict,), "generators": (dict,), "extra": (dict,)},

@@ -222,10 +222,9 @@ def add_gradients_(
     """
     dloc, dlog_scale, loc, log_scale = (each.reshape(-1) for each in (dloc, dlog_scale, loc, log_scale))
     if by_variance:
-        of_log_scale = variance is None
-        into = dloc, dlog_scale, loc, log_scale if variance is None else variance.reshape(-1), *weights
-        options = {"of_log_scale": of_log_scale, "times_variance": times_variance}
-        best(_chunked_add_gradients_, _kernel_add_gradients_, *into, **options)
+        scales = log_scale if variance is None else variance.reshape(-1)
+        options = {"of_log_scale": variance is None, "times_variance": times_variance}
+        best(_chunked_add_gradients_, _kernel_add_gradients_, dloc, dlog_scale, loc, scales, *weights, **options)
     else:
         if times_variance:
             fused.times_variance_(dlog_scale, log_scale)

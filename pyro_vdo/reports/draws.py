@@ -59,11 +59,15 @@ class _CountBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        known = {leaf.data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        known = {leaf.data_ptr() for leaf in tree_leaves(args) if _is_dense(leaf)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.data_ptr() not in known:
+            if _is_dense(leaf) and leaf.data_ptr() not in known:
                 self.bytes += leaf.numel() * leaf.element_size()
         return result
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 @contextmanager
