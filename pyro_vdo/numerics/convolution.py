@@ -78,7 +78,7 @@ class _SampleConvolution(Function):
         )
         if need_x:
             dx = dx.addcmul_(x, by_var)
-        dlog_scale = dvar.mul_(variance) if need_log_scale and ctx.ledger is None else dvar
+        dlog_scale = dvar if ctx.ledger is not None or dvar is None else dvar.mul_(variance)  # as of a linear layer
         if ctx.ledger is not None:
             ctx.ledger.add(dloc, dlog_scale)
         return dx, dbias, None, dloc, dlog_scale, None, None, None

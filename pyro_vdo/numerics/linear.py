@@ -87,12 +87,11 @@ class _SampleLinear(Function):
             dloc = matmul(grad.mT, data)
         if need_log_scale:
             dlog_scale = matmul(along_var.mT, data * data)
-            if ctx.ledger is not None:
-                pass  # it multiplies by scale^2
-            elif variance is None:
-                fused.times_variance_(dlog_scale, kept)
-            else:
-                dlog_scale.mul_(variance)
+            if ctx.ledger is None:  # else the meeting multiplies by scale^2
+                if variance is None:
+                    fused.times_variance_(dlog_scale, kept)
+                else:
+                    dlog_scale.mul_(variance)
         if need_bias:
             dbias = grad.sum(0)
         if ctx.ledger is not None:
