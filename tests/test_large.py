@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import pyro_vdo as vdo
 from pyro_vdo.numerics import fused, large, sums
-from pyro_vdo.numerics.large import Ledger, Meeting
+from pyro_vdo.numerics.convolution import Options, sample_convolution
+from pyro_vdo.numerics.large import Ledger, Meeting, Parameters
+from pyro_vdo.numerics.linear import sample_linear
 from tests.one_step import WEIGHTS, WIDTH, loss_and_gradients, program, step
 from tests.test_performance_counts import profiled
 
@@ -175,6 +177,36 @@ def test_weights_changed_in_place_before_the_backward_pass_are_noticed(use: str)
         log_scale.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_log_scale_changed_in_place_before_the_backward_pass_of_the_data_is_noticed(kind: str) -> None:
+    loc, log_scale = parameters()
+    meeting = Meeting.of(loc, log_scale)
+    assert meeting is not None
+    pair = meeting.loc, meeting.log_scale_of_maps
+    x = torch.randn(5, 32, dtype=loc.dtype)
+    if kind == "linear":
+        out = sample_linear(x, Parameters(*pair, fused.constant_variance(log_scale), True, meeting.ledger), None)
+    else:
+        kernels = [each.unsqueeze(-1) for each in pair]
+        weight = Parameters(*kernels, fused.constant_variance(kernels[1]), True, meeting.ledger)
+        out = sample_convolution(x.unsqueeze(-1), weight, None, Options((1,), (0,), (1,), False, (0,), 1))
+    assert out is not None
+    with torch.no_grad():
+        log_scale.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("use", ["nothing", "linear", "drawn", "twice"])
+@pytest.mark.filterwarnings("ignore::pyro_vdo.variables.ReuseWarning")
+def test_batch_of_gradients(use: str) -> None:
+    loc, log_scale = parameters()
+    loss, factors = objective(loc, log_scale, use), torch.tensor([1.0, -2.0], dtype=loc.dtype)
+    batch = torch.autograd.grad(loss, (loc, log_scale), factors, is_grads_batched=True, retain_graph=True)
+    expected = torch.autograd.grad(loss, (loc, log_scale))
+    assert_gradients_agree(batch, [torch.stack([factor * each for factor in factors]) for each in expected], 1e-9)
 
 
 @pytest.mark.parametrize(("loc", "log_scale"), [(1e25, -3.0), (1e-30, -60.0), (0.0, -3.0), (0.3, -50.0), (0.3, 40.0)])

@@ -77,6 +77,17 @@ def test_sum_is_safe_at_both_ends_of_the_range(loc: float, log_scale: float) -> 
     assert log_law.item() == pytest.approx(-5 * (log_scale + fused.ENTROPY_CONSTANT), rel=1e-6)
 
 
+def test_batch_of_gradients() -> None:
+    loc, log_scale = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    log_prior, log_law = log_uniform_sums(loc, log_scale, fused.constant_variance(log_scale))
+    kl, factors = log_law - log_prior, torch.tensor([1.0, -2.0], dtype=torch.float64)
+    batch = torch.autograd.grad(kl, (loc, log_scale), factors, is_grads_batched=True, retain_graph=True)
+    for found, expected in zip(batch, torch.autograd.grad(kl, (loc, log_scale)), strict=True):
+        torch.testing.assert_close(
+            found, torch.stack([factor * expected for factor in factors]), rtol=1e-10, atol=1e-12
+        )
+
+
 def test_second_derivatives() -> None:
     loc = torch.randn(4, dtype=torch.float64, requires_grad=True)
     log_scale = torch.randn(4, dtype=torch.float64, requires_grad=True)

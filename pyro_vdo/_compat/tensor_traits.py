@@ -54,3 +54,8 @@ def owned_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The fresh ``tensor`` in another shape, without a base: autograd adds in place only to what owns its memory."""
     view: Tensor = torch.ops.aten._unsafe_view(tensor, shape)
     return view
+
+
+def is_batch(tensor: Tensor) -> bool:
+    """True for a batch of gradients (``torch.autograd.grad(..., is_grads_batched=True)``), which has no memory."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))

@@ -60,13 +60,14 @@ class _SampleConvolution(Function):
         out, slope = draw_with_slope(*_moments(x, loc, variance, bias, options), overwrite=True)
         ctx.options, ctx.keep_variance, ctx.ledger = options, keep_variance, ledger
         ctx.models = callers.guided_models()
-        ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
+        of_ledger = None if ledger is None else log_scale  # for its version alone, as in linear.py
+        ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope, of_ledger)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         refuse_second_derivative(ctx.models)
-        x, loc, kept, slope = ctx.saved_tensors
+        x, loc, kept, slope, _ = ctx.saved_tensors
         need_x, need_bias, _, need_loc, need_log_scale, *_ = ctx.needs_input_grad
         if grad.stride() != slope.stride():  # a pass over two layouts takes as long as one over each and a copy
             grad = torch.empty_like(slope).copy_(grad)

@@ -52,7 +52,8 @@ class Ledger:
 
     def add(self, *gradients: Tensor | None) -> None:
         """Note fresh gradients, which nothing else holds."""
-        self.owned.update(gradient.data_ptr() for gradient in gradients if gradient is not None)
+        fresh = (gradient for gradient in gradients if gradient is not None and not tensor_traits.is_batch(gradient))
+        self.owned.update(gradient.data_ptr() for gradient in fresh)
 
     def own(self, gradient: Tensor | None, like: Tensor) -> Tensor:
         """``gradient`` in contiguous memory that may be written to; zeros for None."""
@@ -60,6 +61,8 @@ class Ledger:
             return torch.zeros_like(like, memory_format=torch.contiguous_format)
         if gradient.layout is not torch.strided:  # rows of an embedding
             return gradient.to_dense()
+        if tensor_traits.is_batch(gradient):
+            return gradient.clone()
         if gradient.data_ptr() in self.owned and gradient.is_contiguous():
             return gradient
         return gradient.clone(memory_format=torch.contiguous_format)
@@ -156,14 +159,16 @@ class _Join(Function):
         ctx: Any, dloc: Tensor | None, dlog_scale: Tensor | None, of_maps: Tensor | None, along: Tensor | None
     ) -> Any:
         loc, log_scale = ctx.loc, ctx.log_scale
-        if of_maps is not None and (along is None or dlog_scale is not None):  # a pass of its own for the factor
+        # A derivative of this derivative is wanted, or one for each of a batch of gradients.
+        composed = along is not None and (torch.is_grad_enabled() or tensor_traits.is_batch(along))
+        if of_maps is not None and (along is None or dlog_scale is not None or composed):  # a pass for the factor
             of_maps = ctx.ledger.own(of_maps, loc)
             fused.times_variance_(of_maps, log_scale)
             dlog_scale, of_maps = of_maps if dlog_scale is None else of_maps.add_(dlog_scale), None
         if along is None:
             ctx.ledger.owned.clear()
             return dloc, dlog_scale, None
-        if torch.is_grad_enabled():  # a derivative of this derivative is wanted
+        if composed:
             more = differentiable_gradients(loc, log_scale, *along.unbind())
             return *(b if a is None else b + a for a, b in zip((dloc, dlog_scale), more, strict=True)), None
         if dloc is None and dlog_scale is None and of_maps is None:  # no data met the weight

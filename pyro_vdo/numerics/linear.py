@@ -63,13 +63,15 @@ class _SampleLinear(Function):
         mean, var = _linear_moments(x, loc, log_scale, variance, bias)
         out, slope = draw_with_slope(mean, var, shape, overwrite=True)
         ctx.keep_variance, ctx.ledger, ctx.models = keep_variance, ledger, callers.guided_models()
-        ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope)
+        # The last for its version alone: where gradients meet they are multiplied by exp(2 log_scale) of that time.
+        of_ledger = None if ledger is None else log_scale
+        ctx.save_for_backward(x, loc, variance if keep_variance else log_scale, slope, of_ledger)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         refuse_second_derivative(ctx.models)
-        x, loc, kept, slope = ctx.saved_tensors
+        x, loc, kept, slope, _ = ctx.saved_tensors
         need_x, need_bias, _, need_loc, need_log_scale, *_ = ctx.needs_input_grad
         along_var = grad * slope  # twice: the derivatives of x^2 and exp(2 log_scale) bring the factor 2
         moment_shape = (*x.shape[:-1], loc.shape[0])

@@ -258,7 +258,8 @@ class _LogUniformSums(Function):
     def backward(ctx: Any, *along: Tensor) -> Any:
         loc, log_scale, variance = ctx.saved_tensors
         weights = along_sums(*along)
-        if torch.is_grad_enabled():  # a derivative of this derivative is wanted
+        # A derivative of this derivative is wanted, or one for each of a batch of gradients.
+        if torch.is_grad_enabled() or any(map(tensor_traits.is_batch, weights)):
             return *differentiable_gradients(loc, log_scale, *weights), None
         # Of one dimension: inductor takes a float64 of none for a Python number, which it cannot leave open.
         weights = weights[0].reshape(1), weights[1].reshape(1)
@@ -268,7 +269,9 @@ class _LogUniformSums(Function):
 
 
 def differentiable_gradients(loc: Tensor, log_scale: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """As :func:`both_gradients`, for parameters of any shape."""
+    """As :func:`both_gradients`, for parameters of any shape, and for scalar ``weights`` that are batches."""
+    if any(map(tensor_traits.is_batch, weights)):  # in which autograd cannot be asked
+        return _composed_gradient(loc, log_scale, *weights)
     with torch.enable_grad():
         sums = special.normal_log_uniform_kl(loc, log_scale.exp()).sum(), log_scale.sum()
         total = weights[0] * sums[0] + weights[1] * sums[1]
