@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BENCHMARKS = (
     *("svi_step", "peers", "conv_step", "kl_divergence", "memory", "structured_speed"),
-    *("per_site", "scaling", "allocator", "particles", "predictive"),
+    *("per_site", "scaling", "allocator", "particles", "predictive", "gpu"),
 )
 
 
