@@ -64,7 +64,8 @@ def memory(make: Callable[[], nn.Sequential], x: Tensor, y: Tensor) -> float:
 def main() -> None:
     claims = []
     for name, (make, shape, target) in NETWORKS.items():
-        claim = f"svi.step / hand-written loop on a GPU, {name} (JointOptim)"
+        device = "the CPU" if DEVICE.type == "cpu" and QUICK else "a GPU"
+        claim = f"svi.step / hand-written loop on {device}, {name} (JointOptim)"
         if DEVICE.type == "cpu" and not QUICK:
             print(Claim(claim, None, target).row())
             continue
@@ -82,8 +83,7 @@ def main() -> None:
         if DEVICE.type == "cuda":
             claims.append(Claim("  peak memory / ordinary network", memory(make, x, y)))
     if claims:
-        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-        claims[0].details["device"] = device
+        claims[0].details["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
         report("gpu", claims)
 
 
