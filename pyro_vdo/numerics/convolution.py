@@ -79,10 +79,11 @@ class _SampleConvolution(Function):
         )
         if need_x:
             dx = dx.addcmul_(x, by_var)
-        dlog_scale = dvar if ctx.ledger is not None or dvar is None else dvar.mul_(variance)  # as of a linear layer
-        if ctx.ledger is not None:
-            ctx.ledger.add(dloc, dlog_scale)
-        return dx, dbias, None, dloc, dlog_scale, None, None, None
+        if ctx.ledger is not None:  # its meeting multiplies by scale^2
+            ctx.ledger.add(dloc, dvar)
+        elif need_log_scale:
+            dvar.mul_(variance)
+        return dx, dbias, None, dloc, dvar, None, None, None
 
 
 def sample_convolution(x: Tensor, weight: Parameters, bias: Tensor | None, options: Options) -> Tensor | None:

@@ -61,7 +61,7 @@ def draw_with_slope(
         else:
             _draw_(mean, var, noise)
         return mean, noise
-    std = var.clamp(min=0).sqrt_()
+    std = (var.clamp_(min=0) if overwrite else var.clamp(min=0)).sqrt_()
     return torch.addcmul(mean, noise, std), _slope(noise, std)
 
 
